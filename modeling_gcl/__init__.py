@@ -1,0 +1,29 @@
+"""What ships to the Hub beside the weights: configuration, model, processor and loss. Importing it registers GCL with
+transformers' Auto classes; every saved folder carries these files for `trust_remote_code=True`."""
+
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from .configuration_gcl import GCLConfig
+from .loss_gcl import alignclip_loss, contrastive_loss, gcl_loss
+from .modeling_gcl import GCLModel, GCLOutput
+from .processing_gcl import GCLProcessor
+from .rows_gcl import ImageError, load_image
+
+AutoConfig.register(GCLConfig.model_type, GCLConfig, exist_ok=True)
+AutoModel.register(GCLConfig, GCLModel, exist_ok=True)
+AutoProcessor.register(GCLConfig, GCLProcessor, exist_ok=True)
+GCLConfig.register_for_auto_class()
+GCLModel.register_for_auto_class("AutoModel")
+GCLProcessor.register_for_auto_class("AutoProcessor")
+
+__all__ = [
+    "GCLConfig",
+    "GCLModel",
+    "GCLOutput",
+    "GCLProcessor",
+    "ImageError",
+    "alignclip_loss",
+    "contrastive_loss",
+    "gcl_loss",
+    "load_image",
+]

@@ -1,0 +1,97 @@
+"""Configuration of a GCL embedding model: a wrapped dual encoder and the rule that fuses its two towers."""
+
+from transformers import AutoConfig, PreTrainedConfig
+
+FUSIONS = ("sum", "normalized_sum")
+TEXT_POOLINGS = ("encoder", "mean")
+
+
+class GCLConfig(PreTrainedConfig):
+    r"""
+    Args:
+        encoder_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the backbone: any dual encoder of transformers (CLIP, SigLIP, SigLIP 2,
+            VisionTextDualEncoder, ...). Defaults to CLIP ViT-B/32's.
+        fusion (`str`, defaults to `"sum"`):
+            How the fused feature is made from the image feature v and the text feature w. `"sum"`: v + w on the raw
+            tower outputs (UniIR's CLIP-SF, the paper's rule). `"normalized_sum"`: v/|v| + w/|w| (MixBench), for towers
+            whose raw norms differ. The result is L2-normalised in both cases.
+        text_pooling (`str`, defaults to `"encoder"`):
+            `"encoder"`: the backbone's own text feature. `"mean"`: mean of the last hidden states over the real
+            tokens, then the backbone's `text_projection` (sentence-transformers' towers were trained so).
+        centring (`bool`, defaults to `False`):
+            Subtract each modality's stored mean from the unit-norm features and normalise again (GR-CLIP,
+            arXiv 2507.19054). The means are set by `GCLModel.set_modality_means`.
+        logit_scale_init_value (`float`, *optional*):
+            1/τ at the start, e.g. 100. Defaults to the backbone's own pretrained scale where it has one, else 1/0.07.
+        max_logit_scale (`float`, defaults to 100):
+            Upper bound of 1/τ (CLIP's).
+
+    Raises:
+        ValueError: unknown `fusion` or `text_pooling`, or an `encoder_config` without a known `model_type`.
+    """
+
+    model_type = "gcl"
+    sub_configs = {"encoder_config": AutoConfig}
+
+    def __init__(
+        self,
+        encoder_config=None,
+        fusion="sum",
+        text_pooling="encoder",
+        centring=False,
+        logit_scale_init_value=None,
+        max_logit_scale=100.0,
+        **kwargs,
+    ):
+        if encoder_config is None:
+            encoder_config = AutoConfig.for_model("clip")
+        elif isinstance(encoder_config, dict):
+            encoder_config = dict(encoder_config)
+            model_type = encoder_config.pop("model_type", None)
+            try:
+                encoder_config = AutoConfig.for_model(model_type, **encoder_config)
+            except ValueError as error:
+                raise ValueError(
+                    f"unknown backbone: encoder_config names model_type={model_type!r}, which this version of "
+                    "transformers does not have. Upgrade transformers, or pass the config of a dual encoder it knows."
+                ) from error
+        if fusion not in FUSIONS:
+            raise ValueError(f"fusion={fusion!r} is unknown: choose one of {', '.join(FUSIONS)}")
+        if text_pooling not in TEXT_POOLINGS:
+            raise ValueError(f"text_pooling={text_pooling!r} is unknown: choose one of {', '.join(TEXT_POOLINGS)}")
+        self.encoder_config = encoder_config
+        self.fusion = fusion
+        self.text_pooling = text_pooling
+        self.centring = centring
+        self.logit_scale_init_value = logit_scale_init_value
+        self.max_logit_scale = max_logit_scale
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As `PreTrainedConfig.from_dict`, but a checkpoint of another architecture is an error, not a warning."""
+        model_type = config_dict.get("model_type")
+        if model_type not in (None, "", cls.model_type):
+            raise ValueError(
+                f"this is a {model_type!r} checkpoint, not a GCL one. "
+                "Start from a dual encoder's weights with GCLModel.from_encoder(...)."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def projection_dim(self):
+        """Dimension D of every embedding."""
+        return embedding_dim(self.encoder_config)
+
+
+def embedding_dim(encoder_config):
+    """Output dimension of a dual encoder, read from its configuration.
+
+    CLIP-like backbones state `projection_dim`; SigLIP's towers project to the text tower's `projection_size`, which
+    defaults to its width.
+    """
+    if getattr(encoder_config, "projection_dim", None):
+        return encoder_config.projection_dim
+    text_config = getattr(encoder_config, "text_config", encoder_config)
+    return getattr(text_config, "projection_size", None) or text_config.hidden_size

@@ -1,0 +1,269 @@
+"""GCLModel on every kind of backbone: against the backbone's own outputs, and through save, load and fresh processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_image, tiny_encoder, tiny_processor
+from transformers import AutoModel, BertConfig, BertModel, CLIPModel
+
+from modeling_gcl import GCLConfig, GCLModel, GCLProcessor, gcl_loss
+
+TEXTS = ["a red dog runs", "the cat sits on the green grass", "one bird"]
+
+
+def inputs_for(name, n=3):
+    return tiny_processor(name)(images=[random_image(i) for i in range(n)], text=TEXTS[:n], return_tensors="pt")
+
+
+def test_embeddings_are_the_backbones_own(backbone):
+    encoder = tiny_encoder(backbone)
+    model = GCLModel.from_encoder(encoder).eval()
+    inputs = inputs_for(backbone)
+    with torch.no_grad():
+        output, theirs = model(**inputs), encoder(**inputs)
+        image = model.get_image_features(**{k: v for k, v in inputs.items() if k in IMAGE_INPUTS}).pooler_output
+        text = model.get_text_features(**{k: v for k, v in inputs.items() if k in TEXT_INPUTS}).pooler_output
+        fused = model.get_fused_features(**inputs).pooler_output
+    torch.testing.assert_close(output.image_embeds, theirs.image_embeds)
+    torch.testing.assert_close(output.text_embeds, theirs.text_embeds)
+    torch.testing.assert_close(output.fused_embeds, F.normalize(image + text, dim=-1))
+    torch.testing.assert_close(output.fused_embeds, F.normalize(fused, dim=-1))
+    expected = gcl_loss(output.image_embeds, output.text_embeds, output.fused_embeds, output.logit_scale)
+    assert output.loss.item() == pytest.approx(expected.item())
+    assert output.image_embeds.shape == (3, model.config.projection_dim)
+
+
+IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def test_normalized_sum_weighs_both_modalities_alike():
+    model = GCLModel.from_encoder(tiny_encoder("clip"), fusion="normalized_sum").eval()
+    with torch.no_grad():
+        output = model(**inputs_for("clip"))
+    torch.testing.assert_close(output.fused_embeds, F.normalize(output.image_embeds + output.text_embeds, dim=-1))
+
+
+def test_each_tower_runs_once_and_a_missing_modality_costs_nothing(backbone):
+    model = GCLModel.from_encoder(tiny_encoder(backbone)).eval()
+    calls = {"image": 0, "text": 0}
+    for name, tower in model.towers.items():
+        tower.register_forward_hook(lambda *_, name=name: calls.__setitem__(name, calls[name] + 1))
+    inputs = inputs_for(backbone)
+    model(**inputs)
+    assert calls == {"image": 1, "text": 1}
+    only_text = model(**{k: v for k, v in inputs.items() if k in TEXT_INPUTS})
+    assert calls == {"image": 1, "text": 2}
+    assert only_text.loss is None and only_text.image_embeds is None and only_text.fused_embeds is None
+    model(**{k: v for k, v in inputs.items() if k in IMAGE_INPUTS})
+    assert calls == {"image": 2, "text": 2}
+
+
+def test_save_and_load_are_equal_with_poisoned_memory(backbone, tmp_path, monkeypatch):
+    model = GCLModel.from_encoder(tiny_encoder(backbone), fusion="normalized_sum", max_logit_scale=50.0).eval()
+    model.set_modality_means(torch.randn(4, model.config.projection_dim), torch.randn(4, model.config.projection_dim))
+    model.save_pretrained(tmp_path)
+    empty_like = torch.empty_like
+    # whatever from_pretrained forgets to fill shows as NaN
+    monkeypatch.setattr(
+        torch,
+        "empty_like",
+        lambda *a, **k: x.fill_(torch.nan) if (x := empty_like(*a, **k)).is_floating_point() else x,
+    )
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(loaded) is GCLModel and loaded.config.max_logit_scale == 50.0
+    for (name, a), (_, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    inputs = inputs_for(backbone)
+    with torch.no_grad():
+        for a, b in zip(model(**inputs).to_tuple(), loaded(**inputs).to_tuple(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_loads_by_trust_remote_code_where_our_package_is_absent(backbone, tmp_path):
+    """A fresh interpreter, started elsewhere and without this repository on its path."""
+    model = GCLModel.from_encoder(tiny_encoder(backbone))
+    processor = tiny_processor(backbone)
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    random_image(0).save(tmp_path / "x.png")
+    rows = ["a red dog", {"image": str(tmp_path / "x.png")}, {"image": str(tmp_path / "x.png"), "text": "a cat"}]
+    script = tmp_path / "load.py"
+    script.write_text(
+        "import importlib.util, json, sys\n"
+        "assert importlib.util.find_spec('modeling_gcl') is None\n"
+        "from transformers import AutoConfig, AutoModel, AutoProcessor\n"
+        "folder, rows = sys.argv[1], json.loads(sys.argv[2])\n"
+        "model = AutoModel.from_pretrained(folder, trust_remote_code=True)\n"
+        "processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)\n"
+        "print('RESULT', json.dumps(model.encode(rows, processor=processor).tolist()))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    # -P keeps the script's folder off the path, -S-less site-packages may hold an editable install: hide it
+    run = subprocess.run(
+        [sys.executable, "-c", HIDE_REPOSITORY, str(script), str(tmp_path / "saved"), json.dumps(rows)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT "))
+    theirs = torch.tensor(json.loads(line.removeprefix("RESULT ")))
+    torch.testing.assert_close(model.encode(rows, processor=processor), theirs, atol=1e-6, rtol=0)
+
+
+# an editable install puts a finder for our packages into site-packages; drop it and its path before the script runs
+HIDE_REPOSITORY = (
+    "import sys, runpy; "
+    "sys.meta_path = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '') "
+    "and '__editable__' not in str(f)]; "
+    f"sys.path = [p for p in sys.path if p != {os.getcwd()!r}]; "
+    "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
+def test_from_encoder_takes_folders_and_keeps_their_weights_and_temperature(tmp_path):
+    clip = tiny_encoder("clip")
+    clip.logit_scale.data.fill_(3.0)
+    clip.save_pretrained(tmp_path / "clip")
+    model = GCLModel.from_encoder(tmp_path / "clip")
+    for name, parameter in clip.named_parameters():
+        assert torch.equal(parameter, model.encoder.get_parameter(name)), name
+    assert model.logit_scale().item() == pytest.approx(20.0855, abs=1e-3)
+    assert model.encoder.config._attn_implementation == clip.config._attn_implementation
+    # a GCL checkpoint continues, with its configuration overridden
+    with torch.no_grad():
+        model.logit_scale.log_scale.fill_(1.0)
+    model.save_pretrained(tmp_path / "gcl")
+    again = GCLModel.from_encoder(tmp_path / "gcl", fusion="normalized_sum")
+    assert again.config.fusion == "normalized_sum" and again.logit_scale.log_scale.item() == 1.0
+    reset = GCLModel.from_encoder(tmp_path / "gcl", logit_scale_init_value=50.0)
+    assert reset.logit_scale().item() == pytest.approx(50.0)
+
+
+def test_temperature_is_bounded_kept_in_float32_and_trained():
+    model = GCLModel.from_encoder(tiny_encoder("clip"), logit_scale_init_value=99.0)
+    with torch.no_grad():
+        model.logit_scale.log_scale.add_(1.0)
+    assert model.logit_scale().item() == pytest.approx(100.0)
+    model.logit_scale.clamp_()
+    model.logit_scale().backward()
+    assert model.logit_scale.log_scale.grad.item() == pytest.approx(100.0)  # alive at the bound
+
+
+def test_bfloat16_keeps_the_temperature_and_gives_unit_float32_embeddings(tmp_path):
+    model = GCLModel.from_encoder(tiny_encoder("clip"), logit_scale_init_value=14.3).eval()
+    model.save_pretrained(tmp_path)
+    half = GCLModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.towers["image"].dtype == torch.bfloat16 and half.logit_scale.log_scale.dtype == torch.float32
+    assert half.logit_scale().item() == pytest.approx(14.3, abs=1e-5)
+    with torch.no_grad():
+        a, b = model(**inputs_for("clip")), half(**inputs_for("clip"))
+    assert b.image_embeds.dtype == torch.float32 and b.loss.dtype == torch.float32
+    assert (a.fused_embeds * b.fused_embeds).sum(-1).min() > 0.99
+
+
+def test_all_trainable_parameters_get_a_gradient(backbone):
+    """DistributedDataParallel fails on any that do not."""
+    pooling = "mean" if backbone == "vision-text-dual-encoder" else "encoder"
+    model = GCLModel.from_encoder(tiny_encoder(backbone), text_pooling=pooling)
+    model(**inputs_for(backbone)).loss.backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    # parameters of ViT's pooler-less copies and the like would show here
+    assert without == []
+
+
+def test_mean_pooling_ignores_padding():
+    encoder = tiny_encoder("vision-text-dual-encoder")
+    model = GCLModel.from_encoder(encoder, text_pooling="mean").eval()
+    processor = tiny_processor("vision-text-dual-encoder")
+    with torch.no_grad():
+        batch = model.get_text_features(**processor(text=TEXTS, return_tensors="pt")).pooler_output
+        for text, expected in zip(TEXTS, batch):
+            alone = processor(text=[text], return_tensors="pt")
+            hidden = encoder.text_model(**alone).last_hidden_state  # no padding: the plain mean
+            torch.testing.assert_close(encoder.text_projection(hidden.mean(1))[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_frozen_tower_stays_in_eval_mode():
+    model = GCLModel.from_encoder(tiny_encoder("clip"))
+    model.towers["text"].requires_grad_(False)
+    model.train()
+    assert model.training and model.towers["image"].training and not model.towers["text"].training
+
+
+def test_centring_is_gr_clip():
+    model = GCLModel.from_encoder(tiny_encoder("clip")).eval()
+    inputs = inputs_for("clip")
+    with torch.no_grad():
+        plain = model(**inputs)
+        model.set_modality_means(plain.image_embeds, plain.text_embeds)
+        model.config.centring = True
+        centred = model(**inputs)
+    image = plain.image_embeds - plain.image_embeds.mean(0)
+    text = plain.text_embeds - plain.text_embeds.mean(0)
+    torch.testing.assert_close(centred.image_embeds, F.normalize(image, dim=-1))
+    torch.testing.assert_close(centred.text_embeds, F.normalize(text, dim=-1))
+    torch.testing.assert_close(centred.fused_embeds, F.normalize(0.5 * image + 0.5 * text, dim=-1))
+    with pytest.raises(ValueError, match="centring=False before"):
+        model.set_modality_means(centred.image_embeds, centred.text_embeds)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient():
+    grads = []
+    for checkpointing in (False, True):
+        model = GCLModel.from_encoder(tiny_encoder("clip")).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+        model(**inputs_for("clip")).loss.backward()
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    for name in grads[0]:
+        torch.testing.assert_close(grads[0][name], grads[1][name])
+
+
+def test_unknown_backbones_and_foreign_checkpoints_are_refused(tmp_path):
+    bert = BertModel(BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    with pytest.raises(ValueError, match="unknown backbone: BertModel is no dual encoder"):
+        GCLModel.from_encoder(bert)
+    with pytest.raises(ValueError, match="model_type='no-such-model'"):
+        GCLConfig(encoder_config={"model_type": "no-such-model"})
+    tiny_encoder("clip").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'clip' checkpoint, not a GCL one.*from_encoder"):
+        GCLModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="text_pooling='mean' needs a backbone with a text_projection"):
+        GCLModel.from_encoder(tiny_encoder("siglip"), text_pooling="mean")
+    with pytest.raises(ValueError, match="fusion='product' is unknown"):
+        GCLModel.from_encoder(tiny_encoder("clip"), fusion="product")
+    with pytest.raises(ValueError, match="nothing to embed"):
+        GCLModel.from_encoder(tiny_encoder("clip"))()
+    with pytest.raises(TypeError, match="takes no input named pixels"):
+        GCLModel.from_encoder(tiny_encoder("clip"))(**inputs_for("clip"), pixels=1)
+
+
+def test_a_clip_inside_is_still_a_clip(tmp_path):
+    """The wrapped backbone can be saved and used by every tool that takes its architecture."""
+    model = GCLModel.from_encoder(tiny_encoder("clip"))
+    model.encoder.save_pretrained(tmp_path)
+    clip = CLIPModel.from_pretrained(tmp_path)
+    assert torch.equal(clip.text_projection.weight, model.encoder.text_projection.weight)
+
+
+def test_processor_round_trip_and_padding_rule(backbone, tmp_path):
+    processor = tiny_processor(backbone)
+    processor.save_pretrained(tmp_path)
+    loaded = GCLProcessor.from_pretrained(tmp_path)
+    a, b = (p(images=[random_image(1)], text=TEXTS[:2], return_tensors="pt") for p in (processor, loaded))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    length = a["input_ids"].shape[1]
+    assert length == (16 if backbone.startswith("siglip") else 9)  # full length, or the longest of the batch
+    long_text = loaded(text=["a " * 50], return_tensors="pt")
+    assert long_text["input_ids"].shape[1] == 16
