@@ -83,7 +83,9 @@ def load_image(value):
                 raise ImageError(f"{name}: arrays must be uint8 (0..255) and (H, W, C), got {value.dtype}")
             image = Image.fromarray(value)
         else:
-            raise ImageError(f"cannot read an image from {type(value).__name__}: pass a PIL image, path, bytes or array")
+            raise ImageError(
+                f"cannot read an image from {type(value).__name__}: pass a PIL image, path, bytes or array"
+            )
         return ImageOps.exif_transpose(image).convert("RGB")
     except ImageError:
         raise

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_image, tiny_encoder, tiny_processor
+from backbones import random_image, tiny_encoder, tiny_processor
 from PIL import Image
 
 from modeling_gcl import GCLModel, ImageError, load_image

@@ -182,8 +182,15 @@ def test_alignclip_equals_a_slow_loop():
     torch.testing.assert_close(alignclip_loss(image, text, s, separation_weight=0.0), contrastive_loss(image, text, s))
 
 
-@pytest.mark.parametrize("dtype, expected", [(torch.bfloat16, torch.float32), (torch.float16, torch.float32),
-                                             (torch.float32, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    "dtype, expected",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
 def test_precision_of_the_logits(dtype, expected):
     embeds = [x.to(dtype) for x in random_embeds(5, 8)]
     loss = gcl_loss(*embeds, torch.tensor(100.0))

@@ -1,0 +1,1 @@
+"""Evaluation: protocols over embeddings, their metrics, tables and pictures."""

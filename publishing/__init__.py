@@ -1,0 +1,1 @@
+"""What turns weights and results into folders others can load: converters, model cards, Hub folders."""

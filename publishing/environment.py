@@ -1,0 +1,78 @@
+"""What a result depends on beside its recipe: versions, hardware, image backend, git SHA."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from transformers.utils import is_torchvision_available
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "tokenizers",
+    "safetensors",
+    "huggingface_hub",
+    "numpy",
+    "pillow",
+    "torchvision",
+)
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def collect_environment() -> dict:
+    """The environment of this process, ready for JSON. Host, user and folder names are left out.
+
+    Returns:
+        - `python`: version; `packages`: name → version of those of `PACKAGES` that are installed;
+        - `platform`: operating system and machine; `cpu`: `{"name", "cores"}`; `gpus`: names, `[]` without any;
+        - `image_backend`: `"torchvision"` or `"pil"`: transformers' image processors differ slightly between the two;
+        - `git`: `{"sha", "dirty"}` of the project, both None outside a checkout or before its first commit.
+    """
+    return {
+        "python": platform.python_version(),
+        "packages": package_versions(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu": {"name": cpu_name(), "cores": os.cpu_count()},
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "image_backend": "torchvision" if is_torchvision_available() else "pil",
+        "git": git_state(REPOSITORY),
+    }
+
+
+def package_versions() -> dict[str, str]:
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue  # an optional one
+    return versions
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def git_state(repository: Path) -> dict:
+    """`{"sha": str | None, "dirty": bool | None}`; dirty: tracked files differ from the commit, or untracked exist."""
+    try:
+        sha = _git(repository, "rev-parse", "HEAD").strip()
+        return {"sha": sha, "dirty": bool(_git(repository, "status", "--porcelain").strip())}
+    except (OSError, subprocess.CalledProcessError):
+        return {"sha": None, "dirty": None}
+
+
+def _git(repository: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(repository), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

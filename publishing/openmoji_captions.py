@@ -1,0 +1,230 @@
+"""Four captions for each emoji, and its split, from OpenMoji's metadata (`data/openmoji.json`).
+
+The nine-way protocol gives the captions roles, so they say the same thing in different words:
+
+0. the annotation: "grinning cat".
+1. the annotation and some tags, or what kind of thing it is: "grinning cat, animal and mouth".
+2. and 3. disjoint subsets of the other tags, without the annotation: "cat face: smile", "emoji for grin and open".
+
+Where the metadata names no tags beyond the annotation's own words, captions 2 and 3 restate the annotation
+("rectangle symbol showing black rectangle"). They are counted: see `caption_report`.
+"""
+
+import hashlib
+import re
+from collections import Counter
+
+TAGS_PER_CAPTION = 3
+TEST_SHARE = 0.19
+GENDER_WORDS = {"man", "men", "woman", "women", "person", "people", "male", "female"}
+
+# Subgroups whose identifier, with dashes as spaces, is not what one would say.
+SUBGROUP_PHRASES = {
+    "face-smiling": "smiling face",
+    "face-affection": "affectionate face",
+    "face-tongue": "face with tongue",
+    "face-hand": "face with hand",
+    "face-neutral-skeptical": "neutral or sceptical face",
+    "face-sleepy": "sleepy face",
+    "face-unwell": "unwell face",
+    "face-hat": "face with hat",
+    "face-glasses": "face with glasses",
+    "face-concerned": "concerned face",
+    "face-negative": "negative face",
+    "face-costume": "face in costume",
+    "hand-fingers-open": "hand with open fingers",
+    "hand-fingers-partial": "hand with some fingers raised",
+    "hand-single-finger": "hand with one finger",
+    "hand-fingers-closed": "closed hand",
+    "hand-prop": "hand holding something",
+    "body-parts": "part of the body",
+    "person-gesture": "person making a gesture",
+    "person-role": "person at work",
+    "person-fantasy": "fantasy figure",
+    "person-activity": "person doing something",
+    "person-sport": "person doing sports",
+    "person-resting": "person resting",
+    "person-symbol": "symbol of people",
+    "animal-mammal": "mammal",
+    "animal-bird": "bird",
+    "animal-amphibian": "amphibian",
+    "animal-reptile": "reptile",
+    "animal-marine": "sea animal",
+    "animal-bug": "small crawling animal",
+    "plant-flower": "flower",
+    "plant-other": "plant",
+    "animals-nature": "nature",
+    "food-fruit": "fruit",
+    "food-vegetable": "vegetable",
+    "food-prepared": "dish",
+    "food-asian": "Asian dish",
+    "food-sweet": "sweet food",
+    "food-drink": "food or drink",
+    "place-map": "map",
+    "place-geographic": "landscape",
+    "place-building": "building",
+    "place-religious": "religious building",
+    "place-other": "place",
+    "travel-places": "travel",
+    "transport-ground": "land vehicle",
+    "transport-water": "water vehicle",
+    "transport-air": "aircraft or air travel",
+    "transport-sign": "transport sign",
+    "sky-weather": "sky or weather",
+    "award-medal": "award",
+    "arts-crafts": "arts and crafts",
+    "light-video": "light, film or video",
+    "book-paper": "book or paper",
+    "writing": "writing tool",
+    "office": "office supplies",
+    "medical": "medicine",
+    "household": "household item",
+    "other-object": "object",
+    "other-symbol": "symbol",
+    "symbol-other": "symbol",
+    "warning": "warning sign",
+    "religion": "religious symbol",
+    "zodiac": "zodiac sign",
+    "av-symbol": "media button",
+    "gender": "gender symbol",
+    "math": "mathematical sign",
+    "punctuation": "punctuation mark",
+    "currency": "currency sign",
+    "alphanum": "letters or numbers",
+    "geometric": "geometric shape",
+    "subdivision-flag": "regional flag",
+    "ui-element": "user interface element",
+    "technology": "technical device",
+    "healthcare": "health care",
+    "climate-environment": "climate and environment",
+    "queer-symbols": "queer symbol",
+    "smileys-emotion": "emotion",
+}
+
+
+def make_captions(entries: list[dict]) -> list[list[str]]:
+    """Four distinct captions for each entry, made different between entries wherever their names differ.
+
+    Args:
+        entries: objects of openmoji.json (keys `annotation`, `tags`, `openmoji_tags`, `subgroups` are used).
+
+    Returns:
+        One list of four strings per entry, in order.
+    """
+    names = distinct_names(entries)
+    captions = [describe(entry, name) for entry, name in zip(entries, names, strict=True)]
+    for role in range(1, 4):
+        separate([row[role] for row in captions], names, captions, role)
+    return captions
+
+
+def distinct_names(entries: list[dict]) -> list[str]:
+    """The annotations as one would say them; two equal ones get their subgroup added, if that tells them apart."""
+    names = [spoken_name(entry["annotation"]) for entry in entries]
+    counts = Counter(name.casefold() for name in names)
+    return [
+        f"{name} ({subgroup_phrase(entry)})" if counts[name.casefold()] > 1 else name
+        for entry, name in zip(entries, names, strict=True)
+    ]
+
+
+def spoken_name(annotation: str) -> str:
+    """ "flag: Peru" → "flag of Peru"; "keycap: 3" → "keycap 3"."""
+    name = " ".join(annotation.split())
+    return name.replace("flag: ", "flag of ", 1).replace("keycap: ", "keycap ", 1)
+
+
+def subgroup_phrase(entry: dict) -> str:
+    return SUBGROUP_PHRASES.get(entry["subgroups"], entry["subgroups"].replace("-", " "))
+
+
+def new_tags(entry: dict, name: str) -> list[str]:
+    """The entry's tags that say more than its name and kind: each once, with letters and some word not in those two."""
+    known = words(f"{name} {subgroup_phrase(entry)}")
+    is_flag = "flag" in entry["subgroups"]
+    tags, seen = [], set()
+    for tag in ",".join((entry["tags"], entry["openmoji_tags"])).split(","):
+        tag = " ".join(tag.split())
+        is_country_code = is_flag and re.fullmatch("[A-Z]{2}", tag)
+        if not re.search("[A-Za-z]", tag) or is_country_code or words(tag) <= known or tag.casefold() in seen:
+            continue
+        seen.add(tag.casefold())
+        tags.append(tag)
+    return tags
+
+
+def describe(entry: dict, name: str) -> list[str]:
+    """The four captions of one entry, without regard to the others."""
+    kind, tags = subgroup_phrase(entry), new_tags(entry, name)
+    if len(tags) >= 3:
+        return [
+            name,
+            f"{name}, {enumerate_tags(tags[0::3])}",
+            f"{kind}: {enumerate_tags(tags[1::3])}",
+            f"emoji for {enumerate_tags(tags[2::3])}",
+        ]
+    if tags:
+        return [name, f"{name}, {kind}", f"{kind}: {tags[0]}", f"emoji for {tags[-1]}"]
+    if name.startswith("flag of "):
+        place = name.removeprefix("flag of ")
+        return [name, f"{name}, {kind}", f"national banner: {place}", f"emoji for the country or region {place}"]
+    return [name, f"{name}, {kind}", f"{kind} showing {name}", f"emoji for {name}"]
+
+
+def enumerate_tags(tags: list[str]) -> str:
+    """ "a", "a and b", "a, b and c"; the first `TAGS_PER_CAPTION` of them."""
+    *head, last = tags[:TAGS_PER_CAPTION]
+    return f"{', '.join(head)} and {last}" if head else last
+
+
+def separate(texts: list[str], names: list[str], captions: list[list[str]], role: int) -> None:
+    """Appends to captions that several entries share the words that tell their names apart ("…, woman")."""
+    owners: dict[str, list[int]] = {}
+    for index, text in enumerate(texts):
+        owners.setdefault(text.casefold(), []).append(index)
+    for indices in owners.values():
+        if len(indices) == 1:
+            continue
+        common = set.intersection(*(words(names[index]) for index in indices))
+        own = {
+            index: [word for word in split_words(names[index]) if word.casefold() not in common] for index in indices
+        }
+        if len({tuple(own[index]) for index in indices}) < len(indices):
+            own = {index: [names[index]] for index in indices}
+        for index in indices:
+            if own[index]:
+                captions[index][role] = f"{texts[index]}, {' '.join(own[index])}"
+
+
+def split_words(text: str) -> list[str]:
+    return re.findall(r"[\w'’-]+", text)
+
+
+def words(text: str) -> set[str]:
+    return set(split_words(text.casefold()))
+
+
+def split_of(entry: dict) -> str:
+    """ "train" or "test", by a hash of the entry's family: variants by gender, or of one "prefix: …", stay together.
+
+    Flags are no variants of each other, so each goes its own way.
+    """
+    name = spoken_name(entry["annotation"]).casefold()
+    family = name.split(":")[0]
+    core = [word for word in split_words(family) if word not in GENDER_WORDS]
+    digest = hashlib.sha256(" ".join(core or [family]).encode()).digest()
+    return "test" if int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64 else "train"
+
+
+def caption_report(entries: list[dict], captions: list[list[str]]) -> dict[str, int]:
+    """Counts: entries, captions that another entry has too, entries whose captions 2 and 3 restate the annotation."""
+    counts = Counter(text.casefold() for row in captions for text in set(row))
+    names = distinct_names(entries)
+    return {
+        "entries": len(entries),
+        "captions": sum(len(row) for row in captions),
+        "captions shared with another entry": sum(counts[text.casefold()] > 1 for row in captions for text in row),
+        "entries whose captions restate the annotation": sum(
+            not new_tags(entry, name) for entry, name in zip(entries, names, strict=True)
+        ),
+    }

@@ -1,0 +1,1 @@
+"""The retrieval engine: exact search over embeddings."""

@@ -1,0 +1,56 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from evaluation.embeddings import PairEmbeddings
+from evaluation.pairs import embed_pairs, evaluate_embeddings
+
+
+def test_a_saved_file_gives_the_same_result(make_embeddings, tmp_path):
+    embeddings = make_embeddings(gap=0.5)
+    embeddings.save(tmp_path / "pairs.safetensors")
+    loaded = PairEmbeddings.load(tmp_path / "pairs.safetensors")
+    assert loaded.ids == embeddings.ids and loaded.caption_counts == embeddings.caption_counts
+    assert evaluate_embeddings(loaded) == evaluate_embeddings(embeddings)
+
+
+def test_centring_subtracts_the_calibration_means_and_normalises_again(make_embeddings):
+    test, train = make_embeddings(seed=1, gap=1.0), make_embeddings(seed=2, gap=1.0, num_pairs=30)
+    centred = test.centred(train)
+    expected = test.candidates["t"][7] - train.candidates["t"].mean(axis=0)
+    assert centred.candidates["t"][7] == pytest.approx(expected / np.linalg.norm(expected), abs=1e-6)
+    expected = test.queries["it"][3] - train.queries["it"].mean(axis=0)
+    assert centred.queries["it"][3] == pytest.approx(expected / np.linalg.norm(expected), abs=1e-6)
+    assert centred.queries["i"].dtype == np.float32
+
+
+def test_centring_closes_a_constant_gap(make_embeddings):
+    apart = make_embeddings(num_pairs=200, gap=2.0, noise=0.5)
+    before, after = evaluate_embeddings(apart), evaluate_embeddings(apart.centred(apart))
+    assert after["headline"]["global"] > before["headline"]["global"] + 0.3
+
+
+def test_caption_of_names_the_caption_that_was_embedded(hash_model, make_pairs):
+    pairs = make_pairs([4, 6, 5])
+    embeddings = embed_pairs(hash_model, None, pairs)
+    for candidate, owner in enumerate(embeddings.owners["t"]):
+        text = pairs[owner]["captions"][embeddings.caption_of("t", candidate)]
+        assert np.array_equal(embeddings.candidates["t"][candidate], hash_model.vector(None, text))
+    assert embeddings.caption_of("it", 1) == 3 and embeddings.caption_of("i", 1) is None
+
+
+def test_inconsistent_parts_are_refused(make_embeddings):
+    good = make_embeddings(num_pairs=5)
+    with pytest.raises(ValueError, match="2 ids occur more than once: 'a', 'b'"):
+        replace(good, ids=["a", "a", "b", "b", "c"])
+    with pytest.raises(ValueError, match="owners must name each of the 5 pairs"):
+        replace(good, owners=good.owners | {"i": np.array([0, 1, 2, 3, 3])})
+    with pytest.raises(ValueError, match="don't fit"):
+        replace(good, queries=good.queries | {"t": good.queries["t"][:4]})
+    spoilt = good.candidates["t"].copy()
+    spoilt[7, 0] = np.nan  # three text candidates a pair: the third pair's second
+    with pytest.raises(
+        ValueError, match=r"the t candidate embedding of pair 'p2' holds NaN or infinite numbers \(1 of 15"
+    ):
+        replace(good, candidates=good.candidates | {"t": spoilt})

@@ -1,0 +1,44 @@
+import json
+import platform
+import subprocess
+
+import torch
+
+from publishing import environment
+from publishing.environment import collect_environment, git_state
+
+
+def test_environment_is_complete():
+    found = collect_environment()
+    assert json.loads(json.dumps(found)) == found
+    assert found["python"] == platform.python_version()
+    assert found["packages"]["torch"] == torch.__version__
+    assert found["cpu"]["name"] and found["cpu"]["cores"] >= 1
+    assert len(found["gpus"]) == torch.cuda.device_count()
+    assert (found["image_backend"] == "torchvision") == ("torchvision" in found["packages"])
+    assert platform.node() not in json.dumps(found)  # the machine's name is nobody's business
+
+
+def test_absent_packages_are_left_out(monkeypatch):
+    monkeypatch.setattr(environment, "PACKAGES", ("torch", "no-such-package"))
+    assert list(environment.package_versions()) == ["torch"]
+
+
+def test_git_state(tmp_path):
+    def git(*arguments):
+        identity = ("-c", "user.name=tester", "-c", "user.email=tester@example.org")
+        done = subprocess.run(
+            ["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+    unknown = {"sha": None, "dirty": None}
+    assert git_state(tmp_path / "nowhere") == unknown
+    git("init", "-q")
+    assert git_state(tmp_path) == unknown  # no commit yet
+    (tmp_path / "file").write_text("a")
+    git("add", "file")
+    git("-c", "core.hooksPath=/dev/null", "commit", "-q", "-m", "first")
+    assert git_state(tmp_path) == {"sha": git("rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "file").write_text("b")
+    assert git_state(tmp_path)["dirty"] is True

@@ -1,0 +1,168 @@
+"""The card says what the facts say, has no gaps, and its metadata survives huggingface_hub."""
+
+import re
+from dataclasses import fields, replace
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import model_index_to_eval_results
+
+from publishing import model_card
+from publishing.model_card import CardFacts, DataSource, duration, losses, write_model_card
+
+OPTIONAL = {"base_model_ids", "eval_data", "results_before", "results_after", "pictures", "licence_note"}
+REQUIRED = [each.name for each in fields(CardFacts) if each.name not in OPTIONAL]
+
+
+def test_tells_the_facts(facts, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "nine_way.png").write_bytes(b"png")
+    text = write_model_card(tmp_path, replace(facts, pictures={"nine_way": "pictures/nine_way.png"})).read_text()
+    for expected in (
+        "# gcl-small\n",
+        'AutoModel.from_pretrained("someone/gcl-small", trust_remote_code=True)',
+        "30,990 image-caption pairs with Generalized",
+        "27,146,749 parameters, of which\n1,234 were trained",
+        "| nlphuji/flickr30k | 29,000 | 3 | abc123 | not stated by the source |",
+        "| quickstart/openmoji_train.parquet | 1,990 | 0 | not versioned | CC BY-SA 4.0 |",
+        "accelerate launch train.py hub_configs/quickstart.yaml --learning_rate 1e-4\n",
+        "It took 1 h 2 min 5 s on",
+        "| batch size | 64 × 2 \\| all |",
+        "| seed | 7 |",
+        "![Hit@10 of the nine directions, before and after](pictures/nine_way.png)",
+        "Evaluated on OpenMoji, test (60 pairs), before and after",
+        "The weights: apache-2.0. The pairs are CC BY-SA 4.0.\n\n## Citation",
+        "2509.25638",
+        f"| torch | {facts.environment['packages']['torch']} |",
+        f"| image processing | {facts.environment['image_backend']} |",
+    ):
+        assert expected in text, expected
+    hits = [
+        100 * result["nine_way"]["t→i"]["global"]["hit@10"] for result in (facts.results_before, facts.results_after)
+    ]
+    row = next(line for line in text.splitlines() if line.startswith("| t→i |"))
+    assert [cell.split(" / ")[1] for cell in row.strip("| ").split(" | ")[1:]] == [f"{hit:.1f}" for hit in hits]
+    assert hits[0] < hits[1]
+    assert yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1]) == facts.recipe
+
+
+def test_leaves_no_gap(facts, tmp_path):
+    text = write_model_card(tmp_path, facts).read_text()
+    assert not re.search(r"more information needed|\{\{|\{%|\bNone\b|\bTODO\b|nan\b", text, re.IGNORECASE)
+    assert not re.search(r"\n{4,}", text)
+    tables = re.findall(r"(?:^\|.*\|\n)+", text, re.MULTILINE)
+    assert len(tables) == 5
+    for table in tables:
+        bars = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+        assert len(bars) == 1 and re.match(r"\|[-:| ]+\|$", table.splitlines()[1]), table
+
+
+def test_metadata_survives_the_hub_library(facts, tmp_path):
+    data = ModelCard.load(write_model_card(tmp_path, facts)).data.to_dict()
+    assert data["library_name"] == "transformers" and data["pipeline_tag"] == "feature-extraction"
+    assert data["license"] == "apache-2.0" and data["language"] == ["en"]
+    assert data["base_model"] == ["sentence-transformers/all-MiniLM-L6-v2"]
+    assert data["datasets"] == ["nlphuji/flickr30k"]
+    name, results = model_index_to_eval_results(data["model-index"])
+    assert name == "someone/gcl-small"
+    assert {result.dataset_type for result in results} == {"openmoji-test"}
+    values = {result.metric_name: result.metric_value for result in results}
+    assert len(values) == len(results) == 14
+    after = facts.results_after
+    assert values["headline hit@10, mean of both pools"] == pytest.approx(100 * after["headline"]["mean"], abs=0.05)
+    assert values["hit@10 it→t, local pool"] == pytest.approx(
+        100 * after["nine_way"]["it→t"]["local"]["hit@10"], abs=0.05
+    )
+    assert values["nDCG@10, mixed-modality search"] == pytest.approx(100 * after["mixed"]["ndcg@10"], abs=0.05)
+
+
+@pytest.mark.parametrize("name", REQUIRED)
+def test_missing_fact_is_named(facts, tmp_path, name):
+    for empty in (None, {} if name == "recipe" else ""):
+        with pytest.raises(ValueError, match=rf"needs CardFacts\.{name}\b"):
+            write_model_card(tmp_path, replace(facts, **{name: empty}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_zero_is_no_missing_fact(facts, tmp_path):
+    parameters = {"total": 10, "trainable": 0}
+    assert write_model_card(tmp_path, replace(facts, seed=0, train_runtime=0.0, parameters=parameters)).is_file()
+
+
+def test_missing_keys_are_named(facts, tmp_path):
+    with pytest.raises(ValueError, match=r"CardFacts\.parameters\['trainable'\]"):
+        write_model_card(tmp_path, replace(facts, parameters={"total": 1}))
+    environment = {key: value for key, value in facts.environment.items() if key != "git"}
+    with pytest.raises(ValueError, match=r"CardFacts\.environment\['git'\]"):
+        write_model_card(tmp_path, replace(facts, environment=environment))
+    with pytest.raises(ValueError, match=r"needs CardFacts\.results_after beside eval_data, results_before"):
+        write_model_card(tmp_path, replace(facts, results_after=None))
+    with pytest.raises(FileNotFoundError, match=r"pictures\['nine_way'\] is 'gone\.png'"):
+        write_model_card(tmp_path, replace(facts, pictures={"nine_way": "gone.png"}))
+
+
+def test_wrong_facts_are_refused(facts, tmp_path):
+    with pytest.raises(ValueError, match="'triplet'.*gcl, cl, alignclip"):
+        write_model_card(tmp_path, replace(facts, loss="triplet"))
+    with pytest.raises(ValueError, match="'not a/hub/id' is no id on the Hub"):
+        write_model_card(tmp_path, replace(facts, data=[DataSource(source="not a/hub/id", pairs=1, on_hub=True)]))
+    with pytest.raises(ValueError, match="not comparable"):
+        write_model_card(tmp_path, replace(facts, results_after=facts.results_after | {"num_pairs": 61}))
+    with pytest.raises(ValueError, match="More information needed"):
+        write_model_card(tmp_path, replace(facts, licence_note="More information needed"))
+
+
+def test_unknown_template_variable_is_an_error(facts, tmp_path, monkeypatch):
+    (tmp_path / "template.md").write_text("{{ facts.model_name }} {{ facts.nothing }}")
+    monkeypatch.setattr(model_card, "TEMPLATE", tmp_path / "template.md")
+    with pytest.raises(Exception, match="no attribute 'nothing'"):
+        write_model_card(tmp_path, facts)
+
+
+def test_without_evaluation(facts, tmp_path):
+    text = write_model_card(
+        tmp_path, replace(facts, eval_data=None, results_before=None, results_after=None)
+    ).read_text()
+    assert "this model was not evaluated" in text and "Share of each modality" not in text
+    assert "model-index" not in ModelCard(text).data.to_dict()
+
+
+def test_one_caption_a_pair(facts, evaluate_random, tmp_path):
+    """Directions that such data cannot measure are neither in the metadata nor an error."""
+    results = [evaluate_random(noise, captions=1) for noise in (1.5, 0.5)]
+    for result in results:
+        result["mixed"] = {"ndcg@10": None, "seed": 0, "note": "one caption a pair"}
+    path = write_model_card(tmp_path, replace(facts, results_before=results[0], results_after=results[1]))
+    names = {result.metric_name for result in ModelCard.load(path).data.eval_results}
+    assert names == {
+        "headline hit@10, mean of both pools",
+        *(f"headline hit@10, {pool} pool" for pool in ("local", "global")),
+        *(f"hit@10 {direction}, {pool} pool" for direction in ("t→i", "i→t") for pool in ("local", "global")),
+    }
+
+
+def test_losses_are_told(facts, tmp_path):
+    before, after = facts.results_after, facts.results_before  # the wrong way round: training made it worse
+    told = losses(before, after)
+    was, now = (100 * result["nine_way"]["i→t"]["local"]["hit@10"] for result in (before, after))
+    assert f"i→t in the local pool: {was:.1f} → {now:.1f}" in told
+    assert losses(before, before) == []
+    text = write_model_card(tmp_path, replace(facts, results_before=before, results_after=after)).read_text()
+    assert f"  - {told[0]}\n" in text
+    assert "No direction lost" in write_model_card(tmp_path, facts).read_text()
+
+
+def test_git_states(facts, tmp_path):
+    for state, expected in (
+        ({"sha": "abc", "dirty": False}, "| abc |"),
+        ({"sha": "abc", "dirty": True}, "| abc, with uncommitted changes |"),
+        ({"sha": None, "dirty": None}, "| not run from a git commit |"),
+    ):
+        text = write_model_card(tmp_path, replace(facts, environment=facts.environment | {"git": state})).read_text()
+        assert f"| project's git commit {expected}" in text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.2, "0 s"), (59.6, "1 min"), (61, "1 min 1 s"), (7200, "2 h")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text

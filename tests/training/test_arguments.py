@@ -1,0 +1,84 @@
+"""Checks of the argument classes: defaults, ranges, and what goes with what."""
+
+import json
+
+import pytest
+
+from training.arguments import DataArguments, GCLTrainingArguments, ModelArguments, SourceArguments
+
+
+def test_defaults_suit_contrastive_training(tmp_path):
+    arguments = GCLTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert (arguments.loss, arguments.denominator, arguments.intra_modality) == ("gcl", "all", True)
+    assert arguments.lr_scheduler_type == "cosine"
+    assert arguments.get_warmup_steps(200) == 10
+    assert arguments.report_to == []
+    assert arguments.logging_nan_inf_filter is False
+    assert arguments.remove_unused_columns is False
+
+
+def test_arguments_can_be_saved(tmp_path):
+    arguments = GCLTrainingArguments(output_dir=str(tmp_path), use_cpu=True, direction_weights={"i->it": 0.25})
+    assert json.loads(arguments.to_json_string())["direction_weights"] == {"i->it": 0.25}
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"loss": "clip"}, "training.loss: 'clip' is not one of gcl, cl, alignclip"),
+        ({"denominator": "none"}, "training.denominator"),
+        ({"direction_weights": {"i-t": 1.0}}, "'i-t' is not one of i->t"),
+        ({"direction_weights": {"i->t": -1.0}}, r"direction_weights\[i->t\] is -1.0"),
+        ({"direction_weights": {"i->t": float("nan")}}, "is nan"),
+        ({"direction_weights": dict.fromkeys(["i->t", "t->i", "i->it", "it->i", "t->it", "it->t"], 0.0)}, "all 0"),
+        ({"loss": "cl", "intra_modality": False}, "training.intra_modality belongs to loss: gcl"),
+        ({"loss": "alignclip", "denominator": "target"}, "training.denominator belongs to loss: gcl"),
+        ({"separation_weight": 0.25}, "belongs to loss: alignclip"),
+        ({"loss": "alignclip", "separation_weight": -1.0}, "at least 0"),
+        ({"remove_unused_columns": True}, "must be false"),
+    ],
+)
+def test_training_arguments_reject(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        GCLTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **given)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"encoder": ""}, "model.encoder is empty"),
+        ({"fusion": "sam"}, "model.fusion: 'sam' is not one of sum, normalized_sum"),
+        ({"text_pooling": "max"}, "model.text_pooling"),
+        ({"freeze": ["texts"]}, "model.freeze: 'texts' is not one of image, text"),
+        ({"logit_scale_init": 0.0}, "model.logit_scale_init is 0.0"),
+        ({"logit_scale_init": 200.0}, "over model.max_logit_scale"),
+        ({"max_logit_scale": float("inf")}, "model.max_logit_scale"),
+    ],
+)
+def test_model_arguments_reject(given, message):
+    with pytest.raises(ValueError, match=message):
+        ModelArguments(**{"encoder": "some/encoder", **given})
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"train": []}, "data.train is empty"),
+        ({"train": [SourceArguments("a", weight=1.0), SourceArguments("b")]}, "but not b"),
+        ({"mixing_alpha": 1.5}, "data.mixing_alpha is 1.5"),
+        ({"max_broken_share": 2.0}, "data.max_broken_share is 2.0"),
+        ({"crop_scale": [0.9]}, "data.crop_scale"),
+        ({"crop_scale": [1.0, 0.9]}, "data.crop_scale"),
+        ({"crop_scale": [0.0, 1.0]}, "data.crop_scale"),
+        ({"max_text_length": 1}, "data.max_text_length"),
+    ],
+)
+def test_data_arguments_reject(given, message):
+    with pytest.raises(ValueError, match=message):
+        DataArguments(**{"train": [SourceArguments("a")], **given})
+
+
+@pytest.mark.parametrize("given", [{"path": ""}, {"path": "a", "weight": 0.0}, {"path": "a", "limit": 0}])
+def test_source_arguments_reject(given):
+    with pytest.raises(ValueError, match="path of a data source|weight of a|limit of a"):
+        SourceArguments(**given)

@@ -1,0 +1,1 @@
+"""Training: arguments, recipe, data, trainer. Nothing is imported here: each caller pays for what it uses."""

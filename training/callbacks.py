@@ -1,0 +1,17 @@
+"""What happens around the Trainer's steps: epochs reach the data, the temperature keeps its bound."""
+
+from transformers import TrainerCallback
+
+
+class DataEpochCallback(TrainerCallback):
+    """Tells the data set which epoch it is in before its workers start, so that another caption is drawn."""
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.dataset.set_epoch(int(state.epoch or 0))
+
+
+class LogitScaleCallback(TrainerCallback):
+    """Clamps the temperature after every optimiser step, as CLIP does."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.logit_scale.clamp_()

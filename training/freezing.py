@@ -1,0 +1,57 @@
+"""Which parts of a model are trained: freezing by name, and the table that shows it."""
+
+PROJECTIONS = {"image": "visual_projection", "text": "text_projection"}
+
+
+def freeze_parts(model, parts):
+    """
+    Switch off the gradient of parts of a `GCLModel`.
+
+    Args:
+        model (`GCLModel`): changed in place.
+        parts (`Sequence[str]`): `"image"`, `"text"` (a tower with its projection), `"image_tower"`, `"text_tower"`
+            (the tower alone), `"logit_scale"`.
+
+    Raises:
+        ValueError: nothing would be left to train.
+    """
+    for part in parts:
+        if part == "logit_scale":
+            model.logit_scale.requires_grad_(False)
+            continue
+        modality = part.removesuffix("_tower")
+        model.towers[modality].requires_grad_(False)
+        projection = getattr(model.encoder, PROJECTIONS[modality], None)
+        if part == modality and projection is not None:
+            projection.requires_grad_(False)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if trained in ([], ["logit_scale.log_scale"]):
+        raise ValueError(f"model.freeze={list(parts)} leaves nothing to train but the temperature: freeze less")
+
+
+def parameter_counts(model):
+    """
+    Parameters by part.
+
+    Returns:
+        `dict[str, dict[str, int]]`: for each part (image tower, text tower, projections, logit_scale) and `"total"`:
+        `{"parameters": ..., "trained": ...}`.
+    """
+    part_of = {id(p): f"{name} tower" for name, tower in model.towers.items() for p in tower.parameters()}
+    part_of.update({id(p): "logit_scale" for p in model.logit_scale.parameters()})
+    counts = {}
+    for parameter in model.parameters():
+        for part in (part_of.get(id(parameter), "projections"), "total"):
+            count = counts.setdefault(part, {"parameters": 0, "trained": 0})
+            count["parameters"] += parameter.numel()
+            count["trained"] += parameter.numel() if parameter.requires_grad else 0
+    return {part: counts[part] for part in sorted(counts, key="total".__eq__)}
+
+
+def parameter_table(model):
+    """`parameter_counts` as lines of text for the log."""
+    lines = [f"{'part':<14}{'parameters':>14}{'trained':>14}"]
+    for part, count in parameter_counts(model).items():
+        trained = f"{count['trained']:,}" if count["trained"] else "frozen"
+        lines.append(f"{part:<14}{count['parameters']:>14,}{trained:>14}")
+    return "\n".join(lines)

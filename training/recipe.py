@@ -1,0 +1,224 @@
+"""The recipe of a run: one YAML of `model:`, `data:` and `training:`, with overrides from the command line.
+
+    recipe = parse_recipe(["hub_configs/quickstart.yaml", "--learning_rate", "1e-5", "--data.eval.limit", "100"])
+    recipe.model, recipe.data, recipe.training   # the dataclasses of training.arguments
+    recipe.to_yaml()                             # what was set, overrides included, to be saved beside the weights
+
+A key is written in full (`--training.seed 3`, `--data.train.0.limit 100`) or, where only one section knows it, bare
+(`--seed 3`). Values are YAML: `--freeze "[text, logit_scale]"`. A switch needs no value: `--bf16`. Relative paths start
+from the working directory, wherever the recipe lies.
+"""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from training.arguments import DataArguments, GCLTrainingArguments, ModelArguments, SourceArguments
+from training.recipe_help import format_help
+from training.recipe_values import RecipeError, convert, is_switch, is_text, read_yaml, write_yaml
+
+SECTIONS = {"model": ModelArguments, "data": DataArguments, "training": GCLTrainingArguments}
+USAGE = "usage: train.py RECIPE.yaml [--key value ...]   (--help lists the keys)"
+
+
+@dataclass
+class Recipe:
+    """A parsed recipe.
+
+    Attributes:
+        model, data, training: the three sections as dataclasses, defaults filled in.
+        settings: `{section: {key: value}}` of plain values, only those that the YAML or the command line set. The Hub
+            token stays out, since settings are saved and published.
+        path: the YAML file it came from.
+    """
+
+    model: ModelArguments
+    data: DataArguments
+    training: GCLTrainingArguments
+    settings: dict = field(default_factory=dict)
+    path: str = ""
+
+    def to_yaml(self) -> str:
+        """The settings as YAML text, which `parse_recipe` reads back to the same settings."""
+        return write_yaml(self.settings)
+
+
+def parse_recipe(argv: list[str]) -> Recipe:
+    """Read the recipe named first in `argv` (without the program's name) and apply the `--key value` that follow.
+
+    `--help` anywhere prints all keys and exits.
+
+    Raises:
+        RecipeError: (a ValueError) with file and line, or the option, for a file that is missing or not YAML, unknown
+            keys (the nearest known one is suggested), values of a wrong type, missing keys and values out of range.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(f"{USAGE}\n\n{format_help(SECTIONS | {'source': SourceArguments})}")
+        raise SystemExit(0)
+    if not argv or argv[0].startswith("-"):
+        raise RecipeError(f"no recipe given\n{USAGE}")
+    path = argv[0]
+    settings = _read_recipe(path)
+    for key, value in _options(argv[1:]):
+        _override(settings, key, value)
+    return _build(settings, path)
+
+
+def _read_recipe(path: str) -> dict:
+    """The settings of a YAML file, checked and converted."""
+    if not Path(path).is_file():
+        raise RecipeError(f"{path}: no such recipe (working directory: {Path.cwd()})")
+    document, lines = read_yaml(Path(path).read_text(encoding="utf-8"), path)
+
+    def where(keys: tuple) -> str:
+        return f"{path}, line {lines[keys]}" if keys in lines else path
+
+    if not isinstance(document, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping with the keys {', '.join(SECTIONS)}")
+    settings = {}
+    for section, values in document.items():
+        if section not in SECTIONS:
+            raise RecipeError(f"{where((section,))}: unknown key {section!r}; {_suggest(section, SECTIONS)}")
+        settings[section] = convert({} if values is None else values, SECTIONS[section], (section,), where, _check_keys)
+    return settings
+
+
+def _options(tokens: list[str]) -> list[tuple[str, str | None]]:
+    """`--key value`, `--key=value` and `--key` as (key, value or None)."""
+    options, position = [], 0
+    while position < len(tokens):
+        token = tokens[position]
+        if not token.startswith("--"):
+            raise RecipeError(
+                f'{token!r} is not an option: write --key value, and several values as a list: --key "[a, b]"\n{USAGE}'
+            )
+        key, equals, value = token[2:].partition("=")
+        has_value = bool(equals)
+        if not has_value and position + 1 < len(tokens) and not tokens[position + 1].startswith("--"):
+            position += 1
+            value, has_value = tokens[position], True
+        options.append((key, value if has_value else None))
+        position += 1
+    return options
+
+
+def _override(settings: dict, key: str, text: str | None):
+    """Set one option of the command line in the settings."""
+    keys = _resolve(key)
+    hint = SECTIONS
+    target = settings
+    for depth, name in enumerate(keys[:-1]):
+        hint = _step_into(hint, name, keys[: depth + 1], key)
+        target = _container(target, name, hint, key)
+    hint = _step_into(hint, keys[-1], keys, key)
+    if text is None:
+        if not is_switch(hint):
+            raise RecipeError(f"--{key}: a value is missing")
+        value = True
+    elif is_text(hint):
+        value = None if text in ("null", "~") else text
+    else:
+        value, _ = read_yaml(text, f"--{key}")
+    target[keys[-1]] = convert(value, hint, tuple(keys), lambda _: f"--{key}", _check_keys)
+
+
+def _resolve(key: str) -> list:
+    """`training.seed` or `seed` as ["training", "seed"]; list positions become integers."""
+    keys = [int(part) if part.isdecimal() else part for part in key.replace("-", "_").split(".")]
+    if keys[0] in SECTIONS and len(keys) > 1:
+        return keys
+    owners = [section for section, cls in SECTIONS.items() if keys[0] in _fields(cls)]
+    if len(owners) == 1:
+        return [owners[0], *keys]
+    if owners:
+        raise RecipeError(f"--{key} is ambiguous: write {' or '.join(f'--{owner}.{key}' for owner in owners)}")
+    known = [name for cls in SECTIONS.values() for name in _fields(cls)]
+    raise RecipeError(f"--{key}: unknown option; {_suggest(keys[0], known, '--')}")
+
+
+def _step_into(hint, name, keys: list, key: str):
+    """The type of `name` inside a section table, a dataclass or a list of dataclasses."""
+    if isinstance(hint, dict):
+        return hint[name]
+    candidates = [hint, *typing.get_args(hint)]
+    for candidate in candidates:
+        if dataclasses.is_dataclass(candidate):
+            _check_keys(candidate, [name], tuple(keys[:-1]), lambda _: f"--{key}")
+            return _fields(candidate)[name]
+        if typing.get_origin(candidate) is list and isinstance(name, int):
+            return typing.get_args(candidate)[0]
+    raise RecipeError(f"--{key}: {'.'.join(map(str, keys[:-1]))} has no parts; give its whole value")
+
+
+def _container(parent, name, hint, key: str):
+    """The dict or list under `name`, made where the recipe has none."""
+    if isinstance(parent, list):
+        if name >= len(parent):
+            raise RecipeError(f"--{key}: the recipe has only {len(parent)} there, counted from 0")
+        return parent[name]
+    if parent.get(name) is None:
+        parent[name] = [] if typing.get_origin(hint) is list else {}
+    return parent[name]
+
+
+def _check_keys(cls, names, keys: tuple, where):
+    """Raise for names that are not fields of the dataclass `cls`, with the nearest that is."""
+    known = _fields(cls)
+    for name in names:
+        if name in known:
+            continue
+        full = ".".join(map(str, (*keys, name)))
+        owners = [section for section, other in SECTIONS.items() if other is not cls and name in _fields(other)]
+        hint = f"{name} belongs to {owners[0]}:" if owners else _suggest(name, known)
+        raise RecipeError(f"{where((*keys, name))}: unknown key {full}; {hint}")
+
+
+def _fields(cls) -> dict:
+    """Names and types of the fields of a dataclass that may be set."""
+    hints = typing.get_type_hints(cls)
+    return {entry.name: hints[entry.name] for entry in dataclasses.fields(cls) if entry.init}
+
+
+def _suggest(name, known, prefix: str = "") -> str:
+    nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f"did you mean {prefix}{nearest[0]}?" if nearest else "--help lists what there is"
+
+
+def _build(settings: dict, path: str) -> Recipe:
+    """The dataclasses from plain settings."""
+    for section, cls in SECTIONS.items():
+        for entry in dataclasses.fields(cls):
+            required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
+            if required and not settings.get(section, {}).get(entry.name):
+                raise RecipeError(f"{path}: {section}.{entry.name} is missing; --help describes it")
+    data = dict(settings["data"])
+    for name, source in [*((f"train.{n}", s) for n, s in enumerate(data["train"])), ("eval", data.get("eval"))]:
+        if source is not None and "path" not in source:
+            raise RecipeError(f"{path}: data.{name}.path is missing: give a folder, a file or a Hub data set id")
+    training = _known_checkpointing_name(settings.get("training", {}))
+    settings.get("training", {}).pop("hub_token", None)
+    try:
+        data["train"] = [SourceArguments(**source) for source in data["train"]]
+        if data.get("eval") is not None:
+            data["eval"] = SourceArguments(**data["eval"])
+        return Recipe(
+            model=ModelArguments(**settings["model"]),
+            data=DataArguments(**data),
+            training=GCLTrainingArguments(**training),
+            settings=settings,
+            path=path,
+        )
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def _known_checkpointing_name(training: dict) -> dict:
+    """`gradient_checkpointing*` under the name that the installed transformers prefers (5.23 renamed them)."""
+    known = _fields(GCLTrainingArguments)
+    renamed = {}
+    for name, value in training.items():
+        newer = name.replace("gradient_checkpointing", "activation_checkpointing")
+        renamed[newer if newer in known else name] = value
+    return renamed

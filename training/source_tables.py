@@ -1,0 +1,146 @@
+"""Sources that are tables with images inside: .parquet files and data sets of the Hub.
+
+Only the text columns pass through Python. The images stay memory-mapped, so a table may be larger than memory.
+"""
+
+import re
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from training.arguments import SourceArguments
+from training.source_checks import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    DataError,
+    SourceReport,
+    UniqueIds,
+    check_captions,
+    find_column,
+)
+from training.source_files import FEATURES, Listed, pairs_from_list
+
+TEXT = (datasets.Value("string"), datasets.Value("large_string"))
+BYTES = (datasets.Value("binary"), datasets.Value("large_binary"))
+
+
+def read_parquet(path: Path) -> datasets.Dataset:
+    """A .parquet file as a data set.
+
+    Raises:
+        DataError: for a file that is cut off, not parquet or empty.
+    """
+    try:
+        if pyarrow.parquet.read_metadata(path).num_rows == 0:
+            raise DataError(f"{path} has no rows")
+        return datasets.Dataset.from_parquet(str(path))
+    except (pyarrow.ArrowInvalid, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error}); is it cut off?") from error
+
+
+def read_hub(source: SourceArguments) -> tuple[datasets.Dataset, str | None]:
+    """A split of a data set of the Hub, and its commit where the download tells it.
+
+    Raises:
+        DataError: for an id, configuration, split or revision that can't be had.
+    """
+    try:
+        table = datasets.load_dataset(source.path, source.name, revision=source.revision, split=source.split)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{source.path}: no such file or folder here, and not to be had as a data set of the Hub "
+            f"(name {source.name}, split {source.split}, revision {source.revision}): {error}"
+        ) from error
+    addresses = " ".join(table.info.download_checksums or {})
+    commit = re.search(r"@([0-9a-f]{40})/", addresses)
+    return table, commit[1] if commit else source.revision
+
+
+def pairs_from_table(
+    table: datasets.Dataset,
+    place: str,
+    root: Path | None,
+    source: SourceArguments,
+    report: SourceReport,
+    max_broken_share: float,
+) -> datasets.Dataset:
+    """Find the columns, check them and bring the table into the form of pairs.
+
+    Args:
+        table: any columns; images as `datasets.Image`, bytes, {bytes, path} or paths.
+        place: what to call the table in errors.
+        root: folder that paths are relative to, None where there are no files.
+
+    Raises:
+        DataError: as `training.sources.read_source` lists them.
+    """
+    if len(table) == 0:
+        raise DataError(f"{place} has no rows")
+    image_column = _image_column(table, place, source)
+    caption_column = find_column(place, table.column_names, source.caption_column, CAPTION_COLUMNS, "caption_column")
+    id_column = source.id_column or ("id" if "id" in table.column_names else None)
+    if id_column is not None:
+        find_column(place, table.column_names, id_column, (), "id_column")
+
+    if table.features[image_column] in TEXT:
+        if root is None:
+            raise DataError(f"{place}: {image_column} holds paths, not images; set image_root to their folder")
+        listed = zip(_values(table, id_column), _values(table, image_column), _values(table, caption_column))
+        rows = (Listed(f"{place}, row {number}", *values) for number, values in enumerate(listed))
+        return pairs_from_list(rows, root, source, report, max_broken_share)
+
+    if source.limit is not None and source.limit < len(table):
+        table = table.select(range(source.limit))
+    unique = UniqueIds()
+    ids = [
+        unique.add(value, f"{place}, row {number}")
+        for number, value in enumerate(_values(table, id_column) if id_column else range(len(table)))
+    ]
+    captions = [
+        check_captions(value, f"{place}, row {number}") for number, value in enumerate(_values(table, caption_column))
+    ]
+    pairs = table.select_columns([image_column]).rename_columns({image_column: "image"})
+    pairs = pairs.cast_column("image", FEATURES["image"])
+    present = _present(pairs)
+    texts = datasets.Dataset.from_dict(
+        {"id": ids, "captions": captions},
+        features=datasets.Features({key: FEATURES[key] for key in ("id", "captions")}),
+    )
+    pairs = datasets.concatenate_datasets([pairs, texts], axis=1).select_columns(list(FEATURES))
+    for number, is_present in enumerate(present):
+        if not is_present:
+            report.skip("images missing", f"row {number}")
+    report.check_skipped(len(pairs), max_broken_share)
+    if not all(present):
+        pairs = pairs.select([number for number, is_present in enumerate(present) if is_present])
+    report.pairs = len(pairs)
+    report.captions = sum(len(texts) for texts, is_present in zip(captions, present) if is_present)
+    return pairs
+
+
+def _image_column(table: datasets.Dataset, place: str, source: SourceArguments) -> str:
+    """The image column: the one asked for, the only one of type Image, or the first known name."""
+    typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    asked = source.image_column or (typed[0] if len(typed) == 1 else None)
+    name = find_column(place, table.column_names, asked, IMAGE_COLUMNS, "image_column")
+    feature = table.features[name]
+    is_struct = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
+    if isinstance(feature, datasets.Image) or is_struct or feature in BYTES + TEXT:
+        return name
+    raise DataError(f"{place}: {name} is {feature}, not images, bytes or paths; set image_column to another column")
+
+
+def _values(table: datasets.Dataset, column: str | None) -> list:
+    """A column as a list, without touching the others; None for each row where there is no such column."""
+    return [None] * len(table) if column is None else table.select_columns([column]).to_dict()[column]
+
+
+def _present(pairs: datasets.Dataset) -> list[bool]:
+    """Whether each row has image bytes or an existing file; reads no image."""
+    images = pairs.data.column("image")
+    has_bytes = pyarrow.compute.is_valid(pyarrow.compute.struct_field(images, "bytes")).to_pylist()
+    paths = pyarrow.compute.struct_field(images, "path").to_pylist()
+    return [stored or (path is not None and Path(path).is_file()) for stored, path in zip(has_bytes, paths)]
