@@ -1,12 +1,13 @@
-"""The `gcl` command: evaluate a model, convert checkpoints."""
+"""The `gcl` command: evaluate a model, compare runs, convert checkpoints."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-evaluate = typer.Typer(no_args_is_help=True, help="Measure a model by a protocol.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+evaluate = typer.Typer(no_args_is_help=True, help="Measure models by a protocol.")
 convert = typer.Typer(no_args_is_help=True, help="Turn other checkpoints into folders that GCL starts from.")
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(convert, name="convert")
@@ -25,5 +26,84 @@ def convert_towers_command(
     typer.echo(convert_towers(out, projection_dim=projection_dim, image_size=image_size, seed=seed))
 
 
+@evaluate.command("pairs")
+def evaluate_pairs_command(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")],
+    data: Annotated[str, typer.Argument(help="Folder, .parquet, .jsonl, .csv, or Hub id of captioned images.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for results.json, embeddings and pictures.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
+    limit: Annotated[int | None, typer.Option(help="Only the first pairs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows embedded at once.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of mixed-modality search.")] = 0,
+    fusion: Annotated[str | None, typer.Option(help="Another fusion rule than the checkpoint's.")] = None,
+    centre_on: Annotated[
+        str | None, typer.Option(help="GR-CLIP: subtract the modality means of these pairs (never the test pairs).")
+    ] = None,
+):
+    """Nine-way retrieval, mixed-modality search and modality gap on image-caption pairs."""
+    import torch
+
+    from evaluation.pairs import embed_pairs, evaluate_embeddings
+    from evaluation.plots import modality_pca, nine_way_heatmap
+    from evaluation.report import nine_way_table
+    from evaluation.result_sheet import result_sheet
+    from modeling_gcl import GCLModel, GCLProcessor
+    from publishing.environment import collect_environment
+    from publishing.hub_folder import write_json
+    from training.arguments import SourceArguments
+    from training.sources import load_pairs
+
+    overrides = {"fusion": fusion} if fusion else {}
+    encoder = GCLModel.from_encoder(model, **overrides).eval()
+    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    processor = GCLProcessor.from_encoder(model)
+    options = {"batch_size": batch_size, "show_progress": sys.stderr.isatty()}
+    if centre_on is not None:
+        calibration = load_pairs(SourceArguments(centre_on))
+        images = encoder.encode([{"image": pair["image"]} for pair in calibration], processor, **options)
+        texts = encoder.encode([pair["captions"][0] for pair in calibration], processor, **options)
+        encoder.set_modality_means(images, texts)
+        encoder.config.centring = True
+    pairs = load_pairs(SourceArguments(data, split=split, limit=limit))
+    embeddings = embed_pairs(encoder, processor, pairs, **options)
+    result = evaluate_embeddings(embeddings, seed=seed)
+    typer.echo(nine_way_table(result))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        settings = {"model": model, "data": data, "split": split, "limit": limit, "fusion": fusion}
+        settings |= {"centre_on": centre_on, "seed": seed, "environment": collect_environment()}
+        write_json(out / "results.json", {"command": "gcl evaluate pairs", **settings, "after": result})
+        embeddings.save(out / "embeddings.safetensors")
+        nine_way_heatmap(result, None, out / "nine_way.png")
+        modality_pca(embeddings, None, out / "modality_pca.png")
+        result_sheet(pairs, embeddings, None, out / "result_sheet.png")
+        typer.echo(f"written to {out}")
+
+
+@evaluate.command("summary")
+def summary_command(
+    runs: Annotated[list[str], typer.Argument(help="NAME=FILE of results.json files; equal names are seeds of one.")],
+    out: Annotated[Path, typer.Option(help="Folder for summary.json, summary.md and summary.png.")],
+):
+    """Mean and standard deviation over seeds, one line for each name: a table and a picture."""
+    from evaluation.summary import summarize
+
+    named: dict[str, list[Path]] = {}
+    for run in runs:
+        name, _, path = run.rpartition("=")
+        if not name or not Path(path).is_file():
+            raise typer.BadParameter(f"{run!r} is no NAME=FILE of an existing results.json")
+        named.setdefault(name, []).append(Path(path))
+    typer.echo(summarize(named, out))
+
+
+def main():
+    """The console script: errors of input are a message, not a traceback."""
+    try:
+        app()
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+
+
 if __name__ == "__main__":
-    app()
+    main()

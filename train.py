@@ -18,13 +18,14 @@ from evaluation.pairs import evaluate_embeddings
 from evaluation.plots import modality_pca, nine_way_heatmap, training_curves
 from evaluation.report import nine_way_table
 from evaluation.result_sheet import result_sheet
-from modeling_gcl import GCLModel, GCLProcessor
+from modeling_gcl import GCLModel, GCLProcessor, ImageError
 from publishing.environment import collect_environment
 from publishing.hub_folder import write_hub_folder
 from publishing.model_card import CardFacts, DataSource
 from training.data import PairCollator, build_dataset
 from training.freezing import freeze_parts, parameter_counts, parameter_table
 from training.recipe import parse_recipe
+from training.source_checks import DataError
 from training.sources import read_source
 from training.trainer import GCLTrainer
 
@@ -51,47 +52,65 @@ def build_model(arguments):
     return model, GCLProcessor.from_encoder(arguments.encoder, revision=arguments.revision)
 
 
-def main(argv):
-    started = time.time()
-    recipe = parse_recipe(argv)
-    arguments = recipe.training
+def build_trainer(recipe):
+    """Model, data and trainer of a recipe; returns the trainer and the reports of the sources read.
+
+    Raises:
+        ValueError, OSError: a model or data that cannot be used; the message says what to do.
+    """
+    arguments, data = recipe.training, recipe.data
     set_seed(arguments.seed)
     model, processor = build_model(recipe.model)
-    train_dataset, reports = build_dataset(recipe.data, seed=arguments.seed)
-    eval_pairs, eval_report = read_source(recipe.data.eval) if recipe.data.eval else (None, None)
+    train_dataset, train_reports = build_dataset(data, seed=arguments.seed)
+    eval_pairs, eval_report = None, None
+    if data.eval is not None:
+        eval_pairs, eval_report = read_source(data.eval, max_broken_share=data.max_broken_share)
     trainer = GCLTrainer(
         model=model,
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_pairs,
-        data_collator=PairCollator(processor, recipe.data.max_text_length),
+        data_collator=PairCollator(processor, data.max_text_length),
         processing_class=processor,
-        max_broken_share=recipe.data.max_broken_share,
+        max_broken_share=data.max_broken_share,
     )
-    main_process = trainer.is_world_process_zero()
-    if main_process:
-        print(parameter_table(model))
-        for report in reports:
-            print(report)
+    return trainer, train_reports, eval_report
 
-    before = after = None
-    if eval_pairs is not None and arguments.eval_on_start:
-        before = trainer.embed_eval_pairs()
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-    if eval_pairs is not None:
-        after = trainer.embed_eval_pairs()
 
-    if main_process:
+def main(argv):
+    started = time.time()
+    try:
+        recipe = parse_recipe(argv)
+        trainer, train_reports, eval_report = build_trainer(recipe)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    arguments = recipe.training
+    if trainer.is_world_process_zero():
+        print(parameter_table(trainer.model))
+        for report in train_reports:
+            print(report.line())
+    try:
+        evaluated = trainer.eval_dataset is not None
+        before = trainer.embed_eval_pairs() if evaluated and arguments.eval_on_start else None
+        # on_start is done: Trainer would evaluate a second time
+        arguments.eval_on_start = False
+        trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+        after = trainer.embed_eval_pairs() if evaluated else None
+    except (DataError, ImageError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+    broken_images = trainer.gather_broken_images()
+    if trainer.is_world_process_zero():
         folder = Path(arguments.output_dir) / "model"
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        results = write_results(folder, recipe, trainer, reports, eval_report, before, after)
-        report_to_user(folder, results, trainer, time.time() - started)
+        trainer.model.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+        results = write_results(folder, recipe, trainer, train_reports, eval_report, before, after, broken_images)
+        report_to_user(folder, results, time.time() - started)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
-def write_results(folder, recipe, trainer, reports, eval_report, before, after):
+def write_results(folder, recipe, trainer, train_reports, eval_report, before, after, broken_images):
     """Everything a saved folder holds beside model and processor; returns what `results.json` says."""
     arguments = recipe.training
     history = trainer.state.log_history
@@ -104,8 +123,8 @@ def write_results(folder, recipe, trainer, reports, eval_report, before, after):
         "environment": environment,
         "train_runtime": runtime,
         "parameters": parameter_counts(trainer.model),
-        "data": [asdict(report) for report in reports],
-        "broken_images": trainer.broken_images.names,
+        "data": [asdict(report) for report in train_reports],
+        "broken_images": broken_images,
         "before": None if before is None else evaluate_embeddings(before, seed=arguments.eval_seed),
         "after": None if after is None else evaluate_embeddings(after, seed=arguments.eval_seed),
         "log_history": history,
@@ -120,7 +139,7 @@ def write_results(folder, recipe, trainer, reports, eval_report, before, after):
         command=results["command"],
         recipe=recipe.settings,
         training_arguments={name: getattr(arguments, name) for name in CARD_ARGUMENTS},
-        data=[data_source(*read) for read in zip(recipe.data.train, reports)],
+        data=[data_source(*read) for read in zip(recipe.data.train, train_reports)],
         environment=environment,
         train_runtime=runtime,
         parameters={"total": total["parameters"], "trainable": total["trained"]},
@@ -154,30 +173,39 @@ def data_source(source, report):
     return DataSource(
         source=report.path,
         pairs=report.pairs,
-        skipped=sum(report.skipped.values()),
+        skipped=report.num_skipped,
         revision=report.revision,
         licence=source.licence,
     )
 
 
 def command_line():
-    """The command that started this run, as a user would type it again."""
+    """The command that started this run, as a user would type it again, without secrets."""
     launcher = "accelerate launch " if "ACCELERATE_MIXED_PRECISION" in os.environ else "python "
-    return launcher + shlex.join(sys.argv)
+    words = list(sys.argv)
+    for place, word in enumerate(words):
+        name, is_assignment, _ = word.partition("=")
+        if name.replace("-", "_").endswith("hub_token"):
+            words[place : place + 2 - bool(is_assignment)] = [f"{name}=***"]
+    return launcher + shlex.join(words)
 
 
-def report_to_user(folder, results, trainer, seconds):
+def report_to_user(folder, results, seconds):
     """The end of a run on the terminal: figures, files, and what to type next."""
-    if results["after"] is not None:
-        first, last = (results["before"], results["after"])
+    first, last = results["before"], results["after"]
+    if last is not None:
         print("\n" + (nine_way_table(last) if first is None else nine_way_table(first, last)))
-    if trainer.broken_images.names:
-        print(trainer.broken_images.summary())
+    if results["broken_images"]:
+        shown = "; ".join(results["broken_images"][:20])
+        print(f"\n{len(results['broken_images'])} unreadable images were skipped: {shown}")
     print(f"\n{seconds:.0f} s in all. Written to {folder}:")
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             print(f"  {path.relative_to(folder)}")
-    print(f"\nNext: gcl evaluate pairs {folder} YOUR_FOLDER_OF_CAPTIONED_IMAGES")
+    print("\nNext, measure it on images of your own (a folder with metadata.csv, or a .txt beside each image):")
+    print(f"  gcl evaluate pairs {folder} YOUR_FOLDER")
+    print("or fine-tune on them:")
+    print("  accelerate launch train.py hub_configs/finetune.yaml --train YOUR_FOLDER --encoder " + str(folder))
 
 
 if __name__ == "__main__":

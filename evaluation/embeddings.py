@@ -1,7 +1,7 @@
 """The embeddings of a set of pairs: all that scores and pictures need, without the model."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -87,24 +87,6 @@ class PairEmbeddings:
         if modality == "it":
             return roles.fused_candidate
         return roles.first_text + candidate - int(np.searchsorted(self.owners["t"], self.owners["t"][candidate]))
-
-    def centred(self, calibration: "PairEmbeddings") -> "PairEmbeddings":
-        """GR-CLIP's centring (arXiv 2507.19054): subtract each modality's mean, normalise again.
-
-        Queries lose the mean of the calibration set's queries, candidates that of its candidates, modality by
-        modality. Take training pairs for it, never the pairs under test. GR-CLIP subtracts the mixture of the text
-        and image means from fused documents; here it is the mean of the fused embeddings, whatever made them.
-        """
-
-        def shift(matrices: dict[str, np.ndarray], means: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-            shifted = {name: matrix - means[name].mean(axis=0) for name, matrix in matrices.items()}
-            return {name: matrix / np.linalg.norm(matrix, axis=1, keepdims=True) for name, matrix in shifted.items()}
-
-        return replace(
-            self,
-            queries=shift(self.queries, calibration.queries),
-            candidates=shift(self.candidates, calibration.candidates),
-        )
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file."""

@@ -1,7 +1,7 @@
 """Nine-way evaluation on image-caption pairs: every modality as query, every modality as target.
 
 A direction `t→i` has the texts as queries and the images as targets. It is measured in two pools, as M-BEIR does: the
-*local* pool holds the target modality only, the *global* pool all candidates of all modalities, the same for each query.
+*local* pool holds the target modality only, the *global* pool all candidates of all modalities, the same for all.
 A hit counts when a candidate of the query's own pair, in the target modality, is among the first k; in the global pool
 its twins in the other modalities (and, for image queries, the query image itself) take places of their own.
 

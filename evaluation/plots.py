@@ -1,4 +1,4 @@
-"""Pictures of an evaluation and of a training run, written as PNG. Colours after Okabe and Ito, and matplotlib's viridis,
+"""Pictures of an evaluation and of a training run, as PNG. Colours after Okabe and Ito, and matplotlib's viridis,
 which people with colour-vision deficiency can tell apart; what matters is also said by numbers, hatching or markers."""
 
 from collections.abc import Sequence

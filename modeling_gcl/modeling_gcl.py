@@ -161,7 +161,7 @@ class GCLModel(GCLPreTrainedModel):
         own_scale = getattr(encoder, "logit_scale", None)
         if isinstance(own_scale, nn.Parameter):
             config.setdefault("logit_scale_init_value", own_scale.detach().float().exp().item())
-        # a copy: GCLConfig sets the attention implementation on its sub-configs, and the loaded encoder has chosen its own
+        # a copy: GCLConfig resets the attention implementation of its sub-configs, which the loaded encoder has chosen
         return cls(GCLConfig(encoder_config=copy.deepcopy(encoder.config), **config), encoder=encoder)
 
     @property

@@ -5,7 +5,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 
 class ImageError(ValueError):
@@ -91,5 +91,7 @@ def load_image(value):
         raise
     except FileNotFoundError as error:
         raise ImageError(f"{name}: no such file") from error
+    except UnidentifiedImageError as error:  # its message holds a memory address
+        raise ImageError(f"{name}: not a readable image (damaged, or of an unknown format)") from error
     except (OSError, ValueError, TypeError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ImageError(f"{name}: not a readable image ({error})") from error

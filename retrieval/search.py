@@ -28,9 +28,9 @@ def exact_top_k(queries, candidates, k: int, *, chunk_size: int = 65536) -> tupl
     Raises:
         ValueError: a wrong shape or size, no queries or candidates, NaN or infinite numbers (the row is named).
 
-    Each vector is rounded to 26 bits below a bound of its norm (a float32 has 24), so that every partial sum of a product
-    of two vectors fits the 53 bits of a float64 and no order of summation can change it; the sum is then rounded to
-    float32.
+    Each vector is rounded to 26 bits below a bound of its norm (a float32 has 24), so that every partial sum of a
+    product of two vectors fits the 53 bits of a float64 and no order of summation can change it; the sum is then
+    rounded to float32.
     """
     queries = _as_tensor(queries)
     candidates = candidates if hasattr(candidates, "shape") else np.asarray(candidates)

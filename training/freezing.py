@@ -34,11 +34,12 @@ def parameter_counts(model):
     Parameters by part.
 
     Returns:
-        `dict[str, dict[str, int]]`: for each part (image tower, text tower, projections, logit_scale) and `"total"`:
+        `dict[str, dict[str, int]]`: for each part (image tower, text tower, projections, logit_scale with the
+        backbone's own, which is frozen) and `"total"`:
         `{"parameters": ..., "trained": ...}`.
     """
     part_of = {id(p): f"{name} tower" for name, tower in model.towers.items() for p in tower.parameters()}
-    part_of.update({id(p): "logit_scale" for p in model.logit_scale.parameters()})
+    part_of.update({id(p): "logit_scale" for name, p in model.named_parameters() if "logit_" in name})
     counts = {}
     for parameter in model.parameters():
         for part in (part_of.get(id(parameter), "projections"), "total"):

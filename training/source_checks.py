@@ -40,6 +40,16 @@ class SourceReport:
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         self.first_skipped.setdefault(reason, name)
 
+    @property
+    def num_skipped(self) -> int:
+        """Pairs left out for any reason."""
+        return sum(self.skipped.values())
+
+    def line(self) -> str:
+        """The report as one line for the log."""
+        skipped = "".join(f", {count:,} left out: {reason}" for reason, count in self.skipped.items())
+        return f"{self.path}: {self.pairs:,} pairs, {self.captions:,} captions{skipped}"
+
     def check_skipped(self, total: int, max_broken_share: float):
         """Warn of what was left out of `total` pairs; raise `DataError` where it is over the share, or all."""
         if not self.skipped:
@@ -49,8 +59,7 @@ class SourceReport:
             for reason, count in self.skipped.items()
         ]
         message = f"{self.path}: {'; '.join(parts)}"
-        skipped = sum(self.skipped.values())
-        if skipped > max_broken_share * total or skipped == total:
+        if self.num_skipped > max_broken_share * total or self.num_skipped == total:
             raise DataError(
                 f"{message}: over data.max_broken_share ({max_broken_share:.2%}). "
                 "Check image_root and the paths, or raise max_broken_share"

@@ -10,6 +10,7 @@ Notable features:
 from collections import defaultdict
 
 import torch
+from accelerate.utils import gather_object
 from transformers import Trainer
 
 from evaluation.pairs import embed_pairs, evaluate_embeddings
@@ -50,6 +51,7 @@ class GCLTrainer(Trainer):
                 f"{len(self.train_dataset)} pairs are fewer than one batch "
                 f"({self.args.train_batch_size} x {self.args.world_size} processes): lower per_device_train_batch_size"
             )
+        self.args.eval_on_start = self.args.eval_on_start and self.eval_dataset is not None
         self.broken_images = BrokenImages(len(self.train_dataset or ()), max_broken_share)
         self._terms = defaultdict(list)  # since the last log entry
         self.add_callback(DataEpochCallback)
@@ -108,6 +110,10 @@ class GCLTrainer(Trainer):
             logs |= {name: torch.stack(values).mean().item() for name, values in self._terms.items()}
             self._terms.clear()
         super().log(logs, *args, **kwargs)
+
+    def gather_broken_images(self):
+        """Names of the unreadable images that any process met, each once; every process must call it."""
+        return sorted(set(gather_object(self.broken_images.names)))
 
     def embed_eval_pairs(self, eval_dataset=None):
         """[`PairEmbeddings`] of the evaluation pairs, embedded by all processes together."""

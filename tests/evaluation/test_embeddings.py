@@ -15,22 +15,6 @@ def test_a_saved_file_gives_the_same_result(make_embeddings, tmp_path):
     assert evaluate_embeddings(loaded) == evaluate_embeddings(embeddings)
 
 
-def test_centring_subtracts_the_calibration_means_and_normalises_again(make_embeddings):
-    test, train = make_embeddings(seed=1, gap=1.0), make_embeddings(seed=2, gap=1.0, num_pairs=30)
-    centred = test.centred(train)
-    expected = test.candidates["t"][7] - train.candidates["t"].mean(axis=0)
-    assert centred.candidates["t"][7] == pytest.approx(expected / np.linalg.norm(expected), abs=1e-6)
-    expected = test.queries["it"][3] - train.queries["it"].mean(axis=0)
-    assert centred.queries["it"][3] == pytest.approx(expected / np.linalg.norm(expected), abs=1e-6)
-    assert centred.queries["i"].dtype == np.float32
-
-
-def test_centring_closes_a_constant_gap(make_embeddings):
-    apart = make_embeddings(num_pairs=200, gap=2.0, noise=0.5)
-    before, after = evaluate_embeddings(apart), evaluate_embeddings(apart.centred(apart))
-    assert after["headline"]["global"] > before["headline"]["global"] + 0.3
-
-
 def test_caption_of_names_the_caption_that_was_embedded(hash_model, make_pairs):
     pairs = make_pairs([4, 6, 5])
     embeddings = embed_pairs(hash_model, None, pairs)

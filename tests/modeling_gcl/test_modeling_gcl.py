@@ -1,4 +1,4 @@
-"""GCLModel on every kind of backbone: against the backbone's own outputs, and through save, load and fresh processes."""
+"""GCLModel on every kind of backbone: against the backbone's own outputs, through save, load and fresh processes."""
 
 import json
 import os

@@ -1,0 +1,37 @@
+# make help lists the targets. Everything installs into .venv; PYTHON chooses the interpreter (3.11 or newer).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+TOWERS := build/minilm-efficientnet-lite0
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help quickstart install test lint clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/installed  ## make .venv with CPU torch and all extras
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints-cpu.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -c constraints-cpu.txt -e ".[dev]"
+	touch $@
+
+$(TOWERS)/model.safetensors: | $(VENV)/installed
+	$(BIN)/gcl convert towers $(TOWERS)
+
+quickstart: $(VENV)/installed $(TOWERS)/model.safetensors  ## train, evaluate and save a real model on this machine
+	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file hub_configs/accelerate/one_process.yaml \
+		--num_cpu_threads_per_process $(THREADS) train.py hub_configs/quickstart.yaml
+
+test: $(VENV)/installed  ## run the whole test suite, without network and GPU
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu"
+
+lint: $(VENV)/installed  ## check style
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:  ## remove what the targets made
+	rm -rf $(VENV) build outputs

@@ -1,0 +1,196 @@
+"""GCLTrainer: what it optimises, logs, repeats, resumes, evaluates and refuses."""
+
+import pytest
+import torch
+from backbones import tiny_encoder, tiny_processor
+from training_runs import make_pairs, make_trainer
+
+from evaluation.pairs import evaluate_pairs
+from modeling_gcl import GCLModel, contrastive_loss, gcl_loss
+from training.arguments import GCLTrainingArguments
+from training.source_checks import DataError
+
+
+def weights(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def batch_of(trainer):
+    return trainer.data_collator([trainer.train_dataset[i] for i in range(8)])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss": "gcl"},
+        {"loss": "gcl", "denominator": "without_other_positive", "direction_weights": {"i->it": 0.25}},
+        {"loss": "gcl", "intra_modality": False},
+        {"loss": "cl"},
+    ],
+)
+def test_the_loss_is_the_one_asked_for(tmp_path, settings):
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.model.eval()
+    batch = batch_of(trainer)
+    embeds = trainer.model(**{k: v for k, v in batch.items() if k not in ("ids", "caption_ids", "broken")})
+    labels = {"ids": batch["ids"], "caption_ids": batch["caption_ids"]}
+    if settings["loss"] == "cl":
+        expected = contrastive_loss(embeds.image_embeds, embeds.text_embeds, embeds.logit_scale, **labels)
+    else:
+        options = {name: value for name, value in settings.items() if name != "loss"}
+        triple = (embeds.image_embeds, embeds.text_embeds, embeds.fused_embeds)
+        expected = gcl_loss(*triple, embeds.logit_scale, **labels, **options)
+    assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.item())
+
+
+def test_equal_captions_and_ids_are_masked_only_when_asked(tmp_path):
+    pairs = make_pairs(8)
+    for pair in pairs:
+        pair["captions"] = ["a dog"]
+    for masked in (True, False):
+        trainer = make_trainer(tmp_path, pairs, mask_equal_captions=masked)
+        trainer.model.eval()
+        batch = batch_of(trainer)
+        output = trainer.model(batch["pixel_values"], batch["input_ids"], batch["attention_mask"])
+        triple = (output.image_embeds, output.text_embeds, output.fused_embeds)
+        one_by_one = [gcl_loss(*(x[j : j + 1] for x in triple), output.logit_scale).item() for j in range(8)]
+        loss = trainer.compute_loss(trainer.model, batch).item()
+        if masked:  # equal captions leave no negatives: each pair as if it were alone
+            assert loss == pytest.approx(sum(one_by_one) / 8, rel=1e-5)
+        else:
+            assert loss == pytest.approx(output.loss.item()) and loss > sum(one_by_one) / 8 + 1
+
+
+def test_training_lowers_the_loss_and_logs_every_direction(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=6)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert entries[-1]["loss"] < entries[0]["loss"]
+    directions = {"loss_i→t", "loss_t→i", "loss_i→it", "loss_it→i", "loss_t→it", "loss_it→t"}
+    for entry in entries:
+        assert directions | {"logit_scale", "grad_norm"} <= entry.keys()
+        assert entry["loss"] == pytest.approx(sum(entry[name] for name in directions) / 6, rel=1e-4)
+
+
+def test_a_seed_repeats_a_run_and_another_differs(tmp_path):
+    runs = []
+    for seed in (3, 3, 4):
+        trainer = make_trainer(tmp_path, seed=seed, dataloader_num_workers=2 if len(runs) == 1 else 0)
+        trainer.train()
+        runs.append(weights(trainer))
+    for name in runs[0]:
+        assert torch.equal(runs[0][name], runs[1][name]), name
+    assert any(not torch.equal(runs[0][name], runs[2][name]) for name in runs[0])
+
+
+def test_a_resumed_run_ends_where_the_whole_one_does(tmp_path):
+    whole = make_trainer(tmp_path / "whole", optim="adamw_torch", learning_rate=1e-3)
+    whole.train()
+    first = make_trainer(
+        tmp_path / "part", optim="adamw_torch", learning_rate=1e-3, save_strategy="steps", save_steps=4
+    )
+    first.train()  # 12 steps, checkpoints at 4, 8 and 12, the last two kept
+    second = make_trainer(tmp_path / "part", optim="adamw_torch", learning_rate=1e-3)
+    second.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-8"))
+    assert second.state.global_step == whole.state.global_step == 12
+    resumed = weights(second)
+    for name, parameter in weights(whole).items():
+        torch.testing.assert_close(parameter, resumed[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_another_caption_is_drawn_in_each_epoch(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=3)
+    seen = []
+    collate = trainer.data_collator
+    trainer.data_collator = lambda items: (seen.append({i["pair_id"]: i["text"] for i in items}), collate(items))[1]
+    trainer.train()
+    epochs = [dict(pair for batch in seen[start : start + 6] for pair in batch.items()) for start in (0, 6, 12)]
+    assert [len(epoch) for epoch in epochs] == [48, 48, 48]
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_temperature_is_trained_clamped_and_never_decayed(tmp_path):
+    model = GCLModel.from_encoder(tiny_encoder("clip"), logit_scale_init_value=10.0, max_logit_scale=10.001)
+    trainer = make_trainer(tmp_path, model=model, loss="cl", learning_rate=1.0)
+    decayed = trainer.get_decay_parameter_names(trainer.model)
+    assert decayed and not any("logit_scale" in name for name in decayed)
+    trainer.train()
+    assert model.logit_scale.log_scale.item() <= model.logit_scale.maximum
+    assert model.logit_scale.log_scale.item() != pytest.approx(torch.tensor(10.0).log().item(), abs=1e-6)
+
+
+def test_gradient_accumulation_averages_micro_batches(tmp_path):
+    """Two micro-batches of 8: the step's gradient is the mean of theirs (accumulation adds no negatives)."""
+    trainer = make_trainer(tmp_path, gradient_accumulation_steps=2, max_steps=1, learning_rate=0.5)
+    start = weights(trainer)
+    batches = []
+    collate = trainer.data_collator
+    trainer.data_collator = lambda items: batches.append(collate(items)) or batches[-1]
+    trainer.train()
+    end = weights(trainer)
+    reference = make_trainer(tmp_path)
+    reference.model.load_state_dict(start, strict=False)
+    reference.model.train()
+    sum(reference.compute_loss(reference.model, batch) / 2 for batch in batches[:2]).backward()
+    for name, parameter in reference.model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(end[name], start[name] - 0.5 * parameter.grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_evaluate_is_the_nine_way_protocol(tmp_path):
+    pairs = make_pairs(12, seed=5)
+    trainer = make_trainer(tmp_path, eval_pairs=pairs, eval_strategy="epoch")
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "eval_headline_global" in entry]
+    assert [entry["epoch"] for entry in entries] == [0, 1, 2]  # at the start, and after each epoch
+    expected = evaluate_pairs(trainer.model, tiny_processor("clip"), pairs)
+    assert entries[-1]["eval_headline_global"] == expected["headline"]["global"]
+    assert entries[-1]["eval_mixed_ndcg@10"] == expected["mixed"]["ndcg@10"]
+    assert entries[-1]["eval_cosine_i,t"] == expected["gap"]["cosine"]["i,t"]
+    one_caption = [pair | {"captions": pair["captions"][:1]} for pair in pairs]
+    assert "eval_mixed_ndcg@10" not in trainer.evaluate(one_caption)
+
+
+def test_checkpoints_hold_model_and_processor(tmp_path):
+    trainer = make_trainer(tmp_path, num_train_epochs=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = GCLModel.from_pretrained(tmp_path / "saved")
+    rows = ["a red dog", {"image": make_pairs(1)[0]["image"]}]
+    processor = type(trainer.processing_class).from_pretrained(tmp_path / "saved")
+    # Trainer copies the tokenizer's special ids into the config: the embeddings must not move
+    torch.testing.assert_close(
+        loaded.encode(rows, processor), trainer.model.encode(rows, trainer.processing_class), atol=1e-6, rtol=0
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    model = GCLModel.from_encoder(tiny_encoder("clip"))
+    with torch.no_grad():
+        model.encoder.text_projection.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 1 .*Lower learning_rate"):
+        make_trainer(tmp_path, model=model).train()
+
+
+def test_broken_images_are_skipped_counted_and_fatal_over_the_share(tmp_path):
+    pairs = make_pairs(48)
+    pairs[7]["image"] = b"broken"
+    trainer = make_trainer(tmp_path, pairs, max_broken_share=0.05)
+    trainer.train()
+    assert len(trainer.gather_broken_images()) == 1 and "pair 7" in trainer.gather_broken_images()[0]
+    with pytest.raises(DataError, match="1 of 48 images could not be read.*pair 7.*over data.max_broken_share"):
+        make_trainer(tmp_path, pairs, max_broken_share=0.01).train()
+
+
+def test_fewer_pairs_than_a_batch_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="6 pairs are fewer than one batch .*lower per_device_train_batch_size"):
+        make_trainer(tmp_path, make_pairs(6))
+
+
+def test_bf16_and_gradient_checkpointing_train(tmp_path):
+    renamed = "activation_checkpointing" in GCLTrainingArguments.__dataclass_fields__  # transformers 5.23
+    checkpointing = {"activation_checkpointing" if renamed else "gradient_checkpointing": True}
+    trainer = make_trainer(tmp_path, bf16=True, num_train_epochs=1, **checkpointing)
+    trainer.train()
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+    assert trainer.state.log_history[-1]["train_loss"] < 5
