@@ -81,6 +81,7 @@ def main(argv):
     started = time.time()
     try:
         recipe = parse_recipe(argv)
+        environment = collect_environment()  # now: the checkout may move on while this runs
         trainer, train_reports, eval_report = build_trainer(recipe)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -104,18 +105,19 @@ def main(argv):
         folder = Path(arguments.output_dir) / "model"
         trainer.model.save_pretrained(folder)
         trainer.processing_class.save_pretrained(folder)
-        results = write_results(folder, recipe, trainer, train_reports, eval_report, before, after, broken_images)
+        results = write_results(
+            folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment
+        )
         report_to_user(folder, results, time.time() - started)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
 
-def write_results(folder, recipe, trainer, train_reports, eval_report, before, after, broken_images):
+def write_results(folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment):
     """Everything a saved folder holds beside model and processor; returns what `results.json` says."""
     arguments = recipe.training
     history = trainer.state.log_history
     runtime = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
-    environment = collect_environment()
     results = {
         "command": command_line(),
         "seed": arguments.seed,
@@ -138,7 +140,7 @@ def write_results(folder, recipe, trainer, train_reports, eval_report, before, a
         licence=recipe.model.licence,
         command=results["command"],
         recipe=recipe.settings,
-        training_arguments={name: getattr(arguments, name) for name in CARD_ARGUMENTS},
+        training_arguments={name: value for name in CARD_ARGUMENTS if (value := getattr(arguments, name)) is not None},
         data=[data_source(*read) for read in zip(recipe.data.train, train_reports)],
         environment=environment,
         train_runtime=runtime,

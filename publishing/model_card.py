@@ -76,8 +76,8 @@ class CardFacts:
         embedding_dim: D.
         seed: of the training run.
         base_model_ids: Hub ids of the pretrained models inside, for the metadata.
-        eval_data: the pairs evaluated on. It and both results are given together, or all three left out.
-        results_before, results_after: what `evaluation.pairs.evaluate_pairs` returned.
+        eval_data: the pairs evaluated on; given together with `results_after`, or neither.
+        results_before, results_after: what `evaluation.pairs.evaluate_pairs` returned; the first is optional.
         pictures: name (see `PICTURES`) → path relative to the card's folder.
         licence_note: a sentence on what else binds the user, e.g. the training data's licence.
         languages: of the captions, ISO 639 codes.
@@ -155,11 +155,10 @@ def check_facts(facts: CardFacts) -> None:
             raise ValueError(f"the model card needs CardFacts.environment[{key!r}]: see collect_environment()")
     for repo_id in [*facts.base_model_ids, *(source.source for source in facts.data if source.on_hub)]:
         check_hub_id(repo_id)
-    together = ("eval_data", "results_before", "results_after")
-    given = [name for name in together if getattr(facts, name) is not None]
-    if given and len(given) < len(together):
-        absent = ", ".join(name for name in together if name not in given)
-        raise ValueError(f"the model card needs CardFacts.{absent} beside {', '.join(given)}, or none of them")
+    if (facts.eval_data is None) != (facts.results_after is None):
+        raise ValueError("the model card needs CardFacts.eval_data and results_after together, or neither")
+    if facts.results_before is not None and facts.results_after is None:
+        raise ValueError("the model card needs CardFacts.results_after beside results_before")
 
 
 def check_hub_id(repo_id: str) -> None:
@@ -218,26 +217,28 @@ def render(facts: CardFacts) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"cell": cell, "duration": duration, "thousands": lambda number: f"{number:,}"}
-    evaluated = facts.results_after is not None
+    results = {"before": facts.results_before, "after": facts.results_after}
+    results = {name: result for name, result in results.items() if result is not None}
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         facts=facts,
         loss=LOSSES[facts.loss],
         recipe_yaml=yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True).strip(),
         pictures=[(PICTURES.get(name, name.replace("_", " ")), path) for name, path in facts.pictures.items()],
         total_pairs=sum(source.pairs for source in facts.data),
-        table=nine_way_markdown({"before": facts.results_before, "after": facts.results_after}) if evaluated else "",
-        top10_rows=top10_rows(facts) if evaluated else [],
-        losses=losses(facts.results_before, facts.results_after) if evaluated else [],
+        table=nine_way_markdown(results) if results else "",
+        top10_columns=list(results),
+        top10_rows=top10_rows(list(results.values())),
+        losses=losses(facts.results_before, facts.results_after) if facts.results_before else [],
     )
     if "more information needed" in text.casefold():
         raise ValueError("the model card's text says 'More information needed': fill the fact it stands for")
     return text
 
 
-def top10_rows(facts: CardFacts) -> list[tuple[str, str, str]]:
-    """(modality, share before, share after) of the first ten places in the global pool, in percent."""
-    before, after = (result["gap"]["top10_share"] for result in (facts.results_before, facts.results_after))
-    return [(name, f"{100 * before[name]:.1f}", f"{100 * after[name]:.1f}") for name in before]
+def top10_rows(results: list[dict]) -> list[tuple[str, ...]]:
+    """(modality, its share in each result) of the first ten places in the global pool, in percent."""
+    shares = [result["gap"]["top10_share"] for result in results]
+    return [(name, *(f"{100 * share[name]:.1f}" for share in shares)) for name in (shares[0] if shares else ())]
 
 
 def losses(before: dict, after: dict) -> list[str]:

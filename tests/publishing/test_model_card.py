@@ -96,7 +96,7 @@ def test_missing_keys_are_named(facts, tmp_path):
     environment = {key: value for key, value in facts.environment.items() if key != "git"}
     with pytest.raises(ValueError, match=r"CardFacts\.environment\['git'\]"):
         write_model_card(tmp_path, replace(facts, environment=environment))
-    with pytest.raises(ValueError, match=r"needs CardFacts\.results_after beside eval_data, results_before"):
+    with pytest.raises(ValueError, match=r"needs CardFacts\.eval_data and results_after together"):
         write_model_card(tmp_path, replace(facts, results_after=None))
     with pytest.raises(FileNotFoundError, match=r"pictures\['nine_way'\] is 'gone\.png'"):
         write_model_card(tmp_path, replace(facts, pictures={"nine_way": "gone.png"}))
@@ -166,3 +166,12 @@ def test_git_states(facts, tmp_path):
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "0 s"), (59.6, "1 min"), (61, "1 min 1 s"), (7200, "2 h")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_run_evaluated_only_after_training_says_so(facts, tmp_path):
+    text = write_model_card(tmp_path, replace(facts, results_before=None)).read_text()
+    assert "after this training." in text and "before and after this training" not in text
+    assert "| modality | after, % |" in text
+    assert "was not evaluated before training" in text
+    with pytest.raises(ValueError, match="results_after beside results_before"):
+        write_model_card(tmp_path, replace(facts, results_after=None, eval_data=None))

@@ -15,7 +15,10 @@ def trained(model):
         (["text"], ("encoder.text_model.", "encoder.text_projection.")),
         (["image"], ("encoder.vision_model.", "encoder.visual_projection.")),
         (["text_tower"], ("encoder.text_model.",)),
-        (["image_tower", "text_tower", "logit_scale"], ("encoder.vision_model.", "encoder.text_model.", "logit_scale.")),
+        (
+            ["image_tower", "text_tower", "logit_scale"],
+            ("encoder.vision_model.", "encoder.text_model.", "logit_scale."),
+        ),
     ],
 )
 def test_exactly_the_named_parts_are_frozen(parts, frozen):
