@@ -1,0 +1,72 @@
+"""The gcl command, through its console script's main."""
+
+import json
+import sys
+
+import pytest
+import torch
+from backbones import tiny_encoder, tiny_processor
+from test_train import write_parquet
+
+import gcl
+from evaluation.embeddings import PairEmbeddings
+from modeling_gcl import GCLModel
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["gcl", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        gcl.main()
+    return stop.value.code
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    GCLModel.from_encoder(tiny_encoder("clip")).save_pretrained(tmp_path / "model")
+    tiny_processor("clip").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_evaluate_pairs_writes_what_it_prints(model_folder, tmp_path, monkeypatch, capsys):
+    data = write_parquet(tmp_path / "pairs.parquet", 12)
+    assert run(monkeypatch, "evaluate", "pairs", model_folder, data, "--out", tmp_path / "out") == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert f"{100 * result['after']['headline']['local']:.1f}" in capsys.readouterr().out
+    assert result["after"]["num_pairs"] == 12 and result["environment"]["packages"]["torch"]
+    for name in ("nine_way.png", "modality_pca.png", "result_sheet.png", "embeddings.safetensors"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+
+
+def test_centring_takes_its_means_from_other_pairs(model_folder, tmp_path, monkeypatch):
+    data, calibration = write_parquet(tmp_path / "a.parquet", 12), write_parquet(tmp_path / "b.parquet", 20, seed=9)
+    run(monkeypatch, "evaluate", "pairs", model_folder, data, "--out", tmp_path / "plain")
+    arguments = (model_folder, data, "--centre-on", calibration, "--out", tmp_path / "centred")
+    assert run(monkeypatch, "evaluate", "pairs", *arguments) == 0
+    gaps = {}
+    for name in ("plain", "centred"):
+        embeddings = PairEmbeddings.load(tmp_path / name / "embeddings.safetensors")
+        image, text = (torch.tensor(embeddings.candidates[m]).mean(0) for m in ("i", "t"))
+        gaps[name] = (image - text).norm().item()
+    assert gaps["centred"] < 0.5 * gaps["plain"]
+
+
+def test_summary_of_seeds(model_folder, tmp_path, monkeypatch, capsys):
+    data = write_parquet(tmp_path / "pairs.parquet", 12)
+    for seed in (0, 1):
+        run(monkeypatch, "evaluate", "pairs", model_folder, data, "--out", tmp_path / str(seed))
+    runs = [f"tiny={tmp_path / str(seed) / 'results.json'}" for seed in (0, 1)]
+    assert run(monkeypatch, "evaluate", "summary", *runs, "--out", tmp_path / "summary") == 0
+    assert "| tiny | 2 |" in capsys.readouterr().out
+    assert run(monkeypatch, "evaluate", "summary", "tiny=nowhere.json", "--out", tmp_path / "summary") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["evaluate", "pairs", "nowhere/at/all", "x.parquet"], "nowhere/at/all"),
+        (["convert", "towers", "out", "--image-size", "50"], "multiple of 32"),
+    ],
+)
+def test_errors_are_one_line(arguments, message, monkeypatch):
+    code = run(monkeypatch, *arguments)
+    assert code.startswith("error: ") and message in code
