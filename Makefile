@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
-TOWERS := build/minilm-efficientnet-lite0
+TOWERS := build/minilm-efficientnet-lite0-96
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: help quickstart install test lint clean
@@ -21,7 +21,7 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints-cpu.txt
 	touch $@
 
 $(TOWERS)/model.safetensors: | $(VENV)/installed
-	$(BIN)/gcl convert towers $(TOWERS)
+	$(BIN)/gcl convert towers $(TOWERS) --image-size 96
 
 quickstart: $(VENV)/installed $(TOWERS)/model.safetensors  ## train, evaluate and save a real model on this machine
 	HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file hub_configs/accelerate/one_process.yaml \

@@ -80,6 +80,27 @@ def evaluate_pairs_command(
         typer.echo(f"written to {out}")
 
 
+@evaluate.command("compare")
+def compare_command(
+    before: Annotated[Path, typer.Argument(help="results.json of one run.")],
+    after: Annotated[Path, typer.Argument(help="results.json of another, on the same pairs.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for compare.md and nine_way.png.")] = None,
+    labels: Annotated[tuple[str, str], typer.Option(help="Names of the two.")] = ("before", "after"),
+):
+    """Two results side by side: the nine-way table and heat map."""
+    from evaluation.plots import nine_way_heatmap
+    from evaluation.report import nine_way_markdown, nine_way_table
+    from evaluation.summary import read_result
+
+    results = [read_result(before), read_result(after)]
+    typer.echo(nine_way_table(*results))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "compare.md").write_text(nine_way_markdown(dict(zip(labels, results))) + "\n")
+        nine_way_heatmap(*results, out / "nine_way.png", labels=labels)
+        typer.echo(f"written to {out}")
+
+
 @evaluate.command("summary")
 def summary_command(
     runs: Annotated[list[str], typer.Argument(help="NAME=FILE of results.json files; equal names are seeds of one.")],

@@ -43,7 +43,7 @@ def summarize(runs: Mapping[str, Sequence[Path]], out: Path) -> str:
     Raises:
         ValueError: a file without an `"after"` result, or results of different protocols.
     """
-    results = {name: [_after(path) for path in paths] for name, paths in runs.items()}
+    results = {name: [read_result(path) for path in paths] for name, paths in runs.items()}
     check_comparable([result for group in results.values() for result in group])
     summary = {
         name: {
@@ -61,7 +61,12 @@ def summarize(runs: Mapping[str, Sequence[Path]], out: Path) -> str:
     return markdown
 
 
-def _after(path: Path) -> dict:
+def read_result(path: Path) -> dict:
+    """The result of `evaluation.pairs` that a `results.json` holds under `"after"`.
+
+    Raises:
+        ValueError: the file holds none.
+    """
     result = json.loads(path.read_text()).get("after")
     if not result:
         raise ValueError(f"{path} holds no result under 'after': was the run evaluated?")

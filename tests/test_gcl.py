@@ -57,6 +57,9 @@ def test_summary_of_seeds(model_folder, tmp_path, monkeypatch, capsys):
     runs = [f"tiny={tmp_path / str(seed) / 'results.json'}" for seed in (0, 1)]
     assert run(monkeypatch, "evaluate", "summary", *runs, "--out", tmp_path / "summary") == 0
     assert "| tiny | 2 |" in capsys.readouterr().out
+    compared = run(monkeypatch, "evaluate", "compare", *(run.split("=")[1] for run in runs), "--out", tmp_path / "c")
+    assert compared == 0 and (tmp_path / "c" / "nine_way.png").is_file()
+    assert "| before | after |" in (tmp_path / "c" / "compare.md").read_text()
     assert run(monkeypatch, "evaluate", "summary", "tiny=nowhere.json", "--out", tmp_path / "summary") == 2
 
 
