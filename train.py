@@ -134,6 +134,7 @@ def write_results(folder, recipe, trainer, train_reports, eval_report, before, a
     pictures = draw_pictures(Path(arguments.output_dir) / "pictures", results, before, after, trainer)
     total = results["parameters"]["total"]
     facts = CardFacts(
+        title=Path(arguments.hub_model_id or arguments.output_dir).name,
         model_name=arguments.hub_model_id or str(folder),
         base_model=recipe.model.encoder,
         loss=arguments.loss,

@@ -33,6 +33,9 @@ class GCLConfig(PreTrainedConfig):
 
     model_type = "gcl"
     sub_configs = {"encoder_config": AutoConfig}
+    # writes the backbone's configuration whole: a difference to its class's defaults would change meaning with the
+    # defaults of a later transformers, and 5.17 cannot form it for VisionTextDualEncoder
+    has_no_defaults_at_init = True
 
     def __init__(
         self,

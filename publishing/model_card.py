@@ -62,6 +62,7 @@ class CardFacts:
     """What a model card tells. Fields without a default are required, and none of them may be empty.
 
     Args:
+        title: heading of the card, and the model's name in its metadata.
         model_name: Hub id (or folder) that the usage snippet loads.
         base_model: what training started from, in words or as a Hub id.
         loss: "gcl", "cl" or "alignclip".
@@ -83,6 +84,7 @@ class CardFacts:
         languages: of the captions, ISO 639 codes.
     """
 
+    title: str
     model_name: str
     base_model: str
     loss: str
@@ -178,7 +180,7 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
         tags=TAGS,
         base_model=facts.base_model_ids or None,
         datasets=[source.source for source in facts.data if source.on_hub] or None,
-        model_name=facts.model_name if facts.results_after else None,
+        model_name=facts.title if facts.results_after else None,
         eval_results=eval_results(facts) if facts.results_after else None,
     )
 

@@ -37,6 +37,7 @@ def evaluate_random_fixture():
 @pytest.fixture
 def facts():
     return CardFacts(
+        title="gcl-small",
         model_name="someone/gcl-small",
         base_model="two towers, MiniLM and EfficientNet",
         base_model_ids=["sentence-transformers/all-MiniLM-L6-v2"],

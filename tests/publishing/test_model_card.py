@@ -65,7 +65,7 @@ def test_metadata_survives_the_hub_library(facts, tmp_path):
     assert data["base_model"] == ["sentence-transformers/all-MiniLM-L6-v2"]
     assert data["datasets"] == ["nlphuji/flickr30k"]
     name, results = model_index_to_eval_results(data["model-index"])
-    assert name == "someone/gcl-small"
+    assert name == "gcl-small"
     assert {result.dataset_type for result in results} == {"openmoji-test"}
     values = {result.metric_name: result.metric_value for result in results}
     assert len(values) == len(results) == 14

@@ -194,3 +194,15 @@ def test_bf16_and_gradient_checkpointing_train(tmp_path):
     trainer.train()
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
     assert trainer.state.log_history[-1]["train_loss"] < 5
+
+
+def test_figures_reach_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(tmp_path, report_to="tensorboard", num_train_epochs=1, eval_pairs=make_pairs(12))
+    trainer.train()
+    events = EventAccumulator(str(next(tmp_path.rglob("events.out.tfevents*"))))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/loss", "train/loss_i→t", "train/logit_scale", "train/grad_norm"} <= tags
+    assert "eval/headline_global" in tags
