@@ -4,8 +4,6 @@ Parses the recipe, builds model and data, evaluates, trains, evaluates again and
 `<output_dir>/model`. `python train.py --help` lists every key.
 """
 
-import os
-import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -18,16 +16,15 @@ from evaluation.pairs import evaluate_embeddings
 from evaluation.plots import modality_pca, nine_way_heatmap, training_curves
 from evaluation.report import nine_way_table
 from evaluation.result_sheet import result_sheet
-from modeling_gcl import GCLModel, GCLProcessor, ImageError
-from publishing.environment import collect_environment
+from modeling_gcl import GCLModel, GCLProcessor, ImageError, load_image
+from publishing.environment import collect_environment, command_line
 from publishing.hub_folder import write_hub_folder
 from publishing.model_card import CardFacts, DataSource
 from training.data import PairCollator, build_dataset
 from training.freezing import freeze_parts, parameter_counts, parameter_table
 from training.recipe import parse_recipe
-from training.source_checks import DataError
 from training.sources import read_source
-from training.trainer import GCLTrainer
+from training.trainer import GCLTrainer, headline_metrics
 
 CARD_ARGUMENTS = (
     "loss", "denominator", "intra_modality", "direction_weights", "num_train_epochs", "per_device_train_batch_size",
@@ -36,8 +33,8 @@ CARD_ARGUMENTS = (
 )  # fmt: skip
 
 
-def build_model(arguments):
-    """Model and processor of a recipe's `model:` section."""
+def build_model(arguments, max_text_length):
+    """Model and processor of a recipe's `model:` section; the processor cuts texts to `max_text_length`, if given."""
     overrides = {
         "fusion": arguments.fusion,
         "text_pooling": arguments.text_pooling,
@@ -45,11 +42,15 @@ def build_model(arguments):
         "max_logit_scale": arguments.max_logit_scale,
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    model = GCLModel.from_encoder(arguments.encoder, revision=arguments.revision, **overrides)
+    # float32 whatever the checkpoint's dtype: an optimiser's small steps vanish in half precision
+    model = GCLModel.from_encoder(arguments.encoder, revision=arguments.revision, dtype=torch.float32, **overrides)
     freeze_parts(model, arguments.freeze)
     # convolutions run up to twice as fast so, on CPU and GPU alike
     model.to(memory_format=torch.channels_last)
-    return model, GCLProcessor.from_encoder(arguments.encoder, revision=arguments.revision)
+    processor = GCLProcessor.from_encoder(
+        arguments.encoder, revision=arguments.revision, max_text_length=max_text_length
+    )
+    return model, processor
 
 
 def build_trainer(recipe):
@@ -60,17 +61,22 @@ def build_trainer(recipe):
     """
     arguments, data = recipe.training, recipe.data
     set_seed(arguments.seed)
-    model, processor = build_model(recipe.model)
+    model, processor = build_model(recipe.model, data.max_text_length)
     train_dataset, train_reports = build_dataset(data, seed=arguments.seed)
     eval_pairs, eval_report = None, None
     if data.eval is not None:
         eval_pairs, eval_report = read_source(data.eval, max_broken_share=data.max_broken_share)
+        for pair in eval_pairs:  # now, rather than after hours of training
+            try:
+                load_image(pair["image"])
+            except ImageError as error:
+                raise ImageError(f"{data.eval.path}, {pair['id']}: {error}. Repair or remove it") from error
     trainer = GCLTrainer(
         model=model,
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_pairs,
-        data_collator=PairCollator(processor, data.max_text_length),
+        data_collator=PairCollator(processor),
         processing_class=processor,
         max_broken_share=data.max_broken_share,
     )
@@ -89,22 +95,24 @@ def main(argv):
     if trainer.is_world_process_zero():
         print(parameter_table(trainer.model))
         for report in train_reports:
-            print(report.line())
+            print(f"train: {report.line()}")
+        if eval_report is not None:
+            print(f"evaluate: {eval_report.line()}")
+    folder = Path(arguments.output_dir) / "model"
     try:
         evaluated = trainer.eval_dataset is not None
-        before = trainer.embed_eval_pairs() if evaluated and arguments.eval_on_start else None
+        before = evaluate(trainer) if evaluated and arguments.eval_on_start else None
         # on_start is done: Trainer would evaluate a second time
         arguments.eval_on_start = False
         trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-        after = trainer.embed_eval_pairs() if evaluated else None
-    except (DataError, ImageError, FloatingPointError) as error:
+        if trainer.is_world_process_zero():  # before anything else can fail
+            trainer.model.save_pretrained(folder)
+            trainer.processing_class.save_pretrained(folder)
+        broken_images = trainer.gather_broken_images()
+        after = evaluate(trainer) if evaluated else None
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-
-    broken_images = trainer.gather_broken_images()
     if trainer.is_world_process_zero():
-        folder = Path(arguments.output_dir) / "model"
-        trainer.model.save_pretrained(folder)
-        trainer.processing_class.save_pretrained(folder)
         results = write_results(
             folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment
         )
@@ -113,10 +121,20 @@ def main(argv):
     trainer.accelerator.end_training()
 
 
+def evaluate(trainer):
+    """The evaluation pairs' embeddings (for the pictures) and their nine-way result, whose headline is logged."""
+    embeddings = trainer.embed_eval_pairs()
+    result = evaluate_embeddings(embeddings, seed=trainer.args.eval_seed)
+    trainer.log(headline_metrics(result))
+    return embeddings, result
+
+
 def write_results(folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment):
     """Everything a saved folder holds beside model and processor; returns what `results.json` says."""
     arguments = recipe.training
     history = trainer.state.log_history
+    if before is not None:  # train() began a new history
+        history.insert(0, headline_metrics(before[1]) | {"epoch": 0, "step": 0})
     runtime = next(entry["train_runtime"] for entry in reversed(history) if "train_runtime" in entry)
     results = {
         "command": command_line(),
@@ -126,17 +144,19 @@ def write_results(folder, recipe, trainer, train_reports, eval_report, before, a
         "train_runtime": runtime,
         "parameters": parameter_counts(trainer.model),
         "data": [asdict(report) for report in train_reports],
+        "eval_data": eval_report and asdict(eval_report),
         "broken_images": broken_images,
-        "before": None if before is None else evaluate_embeddings(before, seed=arguments.eval_seed),
-        "after": None if after is None else evaluate_embeddings(after, seed=arguments.eval_seed),
+        "before": before and before[1],
+        "after": after and after[1],
         "log_history": history,
     }
-    pictures = draw_pictures(Path(arguments.output_dir) / "pictures", results, before, after, trainer)
+    pictures = draw_pictures(Path(arguments.output_dir) / "pictures", history, before, after, trainer)
     total = results["parameters"]["total"]
     facts = CardFacts(
         title=Path(arguments.hub_model_id or arguments.output_dir).name,
         model_name=arguments.hub_model_id or str(folder),
         base_model=recipe.model.encoder,
+        base_model_ids=[] if Path(recipe.model.encoder).exists() else [recipe.model.encoder],
         loss=arguments.loss,
         licence=recipe.model.licence,
         command=results["command"],
@@ -156,13 +176,13 @@ def write_results(folder, recipe, trainer, train_reports, eval_report, before, a
     return results
 
 
-def draw_pictures(folder, results, before, after, trainer):
+def draw_pictures(folder, history, before, after, trainer):
     """The pictures that the evaluation allows, by the name the card knows them by."""
     folder.mkdir(parents=True, exist_ok=True)
-    pictures = {"training_curves": training_curves(results["log_history"], folder / "training_curves.png")}
+    pictures = {"training_curves": training_curves(history, folder / "training_curves.png")}
     if after is not None:
-        first, first_embeds = (results["before"], before) if before is not None else (results["after"], after)
-        last, last_embeds = (results["after"], after) if before is not None else (None, None)
+        # a run evaluated only after training shows that state alone
+        (first_embeds, first), (last_embeds, last) = (after, (None, None)) if before is None else (before, after)
         pictures |= {
             "nine_way": nine_way_heatmap(first, last, folder / "nine_way.png"),
             "modality_pca": modality_pca(first_embeds, last_embeds, folder / "modality_pca.png"),
@@ -172,25 +192,17 @@ def draw_pictures(folder, results, before, after, trainer):
 
 
 def data_source(source, report):
-    """What the card says of one source."""
+    """What the card says of one source. Of an absolute path only the name: the rest is the user's own business."""
+    on_hub = report.split is not None
     return DataSource(
-        source=report.path,
+        source=Path(report.path).name if Path(report.path).is_absolute() else report.path,
         pairs=report.pairs,
         skipped=report.num_skipped,
+        name=source.name,
         revision=report.revision,
         licence=source.licence,
+        on_hub=on_hub,
     )
-
-
-def command_line():
-    """The command that started this run, as a user would type it again, without secrets."""
-    launcher = "accelerate launch " if "ACCELERATE_MIXED_PRECISION" in os.environ else "python "
-    words = list(sys.argv)
-    for place, word in enumerate(words):
-        name, is_assignment, _ = word.partition("=")
-        if name.replace("-", "_").endswith("hub_token"):
-            words[place : place + 2 - bool(is_assignment)] = [f"{name}=***"]
-    return launcher + shlex.join(words)
 
 
 def report_to_user(folder, results, seconds):

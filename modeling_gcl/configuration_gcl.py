@@ -21,14 +21,16 @@ class GCLConfig(PreTrainedConfig):
             tokens, then the backbone's `text_projection` (sentence-transformers' towers were trained so).
         centring (`bool`, defaults to `False`):
             Subtract each modality's stored mean from the unit-norm features and normalise again (GR-CLIP,
-            arXiv 2507.19054). The means are set by `GCLModel.set_modality_means`.
+            arXiv 2507.19054); fused features are then made of the centred ones, whatever `fusion` says. The means
+            are set by `GCLModel.set_modality_means`.
         logit_scale_init_value (`float`, *optional*):
             1/τ at the start, e.g. 100. Defaults to the backbone's own pretrained scale where it has one, else 1/0.07.
         max_logit_scale (`float`, defaults to 100):
             Upper bound of 1/τ (CLIP's).
 
     Raises:
-        ValueError: unknown `fusion` or `text_pooling`, or an `encoder_config` without a known `model_type`.
+        ValueError: unknown `fusion` or `text_pooling`, a temperature that is not positive, or an `encoder_config`
+            without a known `model_type`.
     """
 
     model_type = "gcl"
@@ -59,10 +61,6 @@ class GCLConfig(PreTrainedConfig):
                     f"unknown backbone: encoder_config names model_type={model_type!r}, which this version of "
                     "transformers does not have. Upgrade transformers, or pass the config of a dual encoder it knows."
                 ) from error
-        if fusion not in FUSIONS:
-            raise ValueError(f"fusion={fusion!r} is unknown: choose one of {', '.join(FUSIONS)}")
-        if text_pooling not in TEXT_POOLINGS:
-            raise ValueError(f"text_pooling={text_pooling!r} is unknown: choose one of {', '.join(TEXT_POOLINGS)}")
         self.encoder_config = encoder_config
         self.fusion = fusion
         self.text_pooling = text_pooling
@@ -70,6 +68,18 @@ class GCLConfig(PreTrainedConfig):
         self.logit_scale_init_value = logit_scale_init_value
         self.max_logit_scale = max_logit_scale
         super().__init__(**kwargs)
+        self.check_fields()
+
+    def check_fields(self):
+        """Raise ValueError for a field out of its range. The model calls it again: `from_pretrained(..., field=value)`
+        sets fields after `__init__`."""
+        for name, allowed in (("fusion", FUSIONS), ("text_pooling", TEXT_POOLINGS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(allowed)}")
+        if not self.max_logit_scale > 0:
+            raise ValueError(f"max_logit_scale={self.max_logit_scale!r} must be positive: it bounds 1/temperature")
+        if self.logit_scale_init_value is not None and not self.logit_scale_init_value > 0:
+            raise ValueError(f"logit_scale_init_value={self.logit_scale_init_value!r} must be positive: 1/temperature")
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

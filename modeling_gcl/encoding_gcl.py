@@ -1,7 +1,11 @@
 """Rows → embeddings: parse, sort by kind and length, batch, embed, and put back in order."""
 
+from pathlib import PurePath
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers.utils import logging
 
 from .rows_gcl import ImageError, load_image, parse_row
@@ -14,8 +18,11 @@ def encode_rows(model, rows, processor, batch_size, show_progress, on_error):
     """The work of `GCLModel.encode`, which documents it."""
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r} is unknown: choose 'raise' or 'skip'")
-    if isinstance(rows, (str, bytes, dict)):
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if isinstance(rows, (str, bytes, dict, PurePath, np.ndarray, Image.Image)):
         raise ValueError("encode takes a sequence of rows; wrap a single row in a list")
+    rows = list(rows)
     parsed, bad = {}, set()
     for index, value in enumerate(rows):
         try:
@@ -29,7 +36,7 @@ def encode_rows(model, rows, processor, batch_size, show_progress, on_error):
     items.sort(key=lambda item: (parsed[item[0]].kind, len(parsed[item[0]].text or "")))
 
     sums = torch.zeros(len(rows), model.config.projection_dim)
-    was_training = model.training
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with logging.tqdm(total=len(items), disable=not show_progress, unit="row", desc="encode") as progress:
@@ -37,7 +44,8 @@ def encode_rows(model, rows, processor, batch_size, show_progress, on_error):
                 bad.update(_add_batch(model, processor, parsed, batch, sums, on_error))
                 progress.update(len(batch))
     finally:
-        model.train(was_training)
+        for module, mode in modes.items():
+            module.training = mode
 
     kept = [index for index in range(len(rows)) if index not in bad]
     embeds = F.normalize(sums[kept], dim=-1)

@@ -102,10 +102,8 @@ def alignclip_loss(
         separation_weight (`float`): weight of the separation.
         Others, result and errors as for [`gcl_loss`].
     """
-    _, terms = contrastive_loss(
-        image_embeds, text_embeds, logit_scale, ids=ids, caption_ids=caption_ids, return_terms=True
-    )
-    loss = contrastive_loss(image_embeds, text_embeds, logit_scale, ids=ids, caption_ids=caption_ids)
+    labels = {"ids": ids, "caption_ids": caption_ids}
+    loss, terms = contrastive_loss(image_embeds, text_embeds, logit_scale, return_terms=True, **labels)
     with torch.autocast(image_embeds.device.type, enabled=False):
         image, text = (_full_precision(x) for x in (image_embeds, text_embeds))
         semantic = text if semantic_embeds is None else _full_precision(semantic_embeds)

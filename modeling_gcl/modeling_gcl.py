@@ -70,7 +70,7 @@ class GCLPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     # a temperature in bfloat16 has 8 bits: steps of 0.4 % of 1/τ
-    _keep_in_fp32_modules_strict = ["logit_scale"]
+    _keep_in_fp32_modules_strict = ["logit_scale", "modality_means"]
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -98,12 +98,13 @@ class GCLModel(GCLPreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config, encoder=None):
+        config.check_fields()
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder_config) if encoder is None else encoder
-        for method in ("get_image_features", "get_text_features"):
-            if not hasattr(self.encoder, method):
+        for part in ("get_image_features", "get_text_features", "vision_model", "text_model"):
+            if not hasattr(self.encoder, part):
                 raise ValueError(
-                    f"unknown backbone: {type(self.encoder).__name__} is no dual encoder (it has no {method}). "
+                    f"unknown backbone: {type(self.encoder).__name__} is no dual encoder (it has no {part}). "
                     "GCL wraps CLIP, SigLIP, VisionTextDualEncoder and the like."
                 )
         if config.text_pooling == "mean" and not hasattr(self.encoder, "text_projection"):
@@ -115,7 +116,7 @@ class GCLModel(GCLPreTrainedModel):
         own_scale = getattr(config.encoder_config, "logit_scale_init_value", None)
         initial = config.logit_scale_init_value or (math.exp(own_scale) if own_scale else DEFAULT_LOGIT_SCALE)
         self.logit_scale = LogitScale(min(initial, config.max_logit_scale), config.max_logit_scale)
-        self.register_buffer("modality_means", torch.zeros(2, config.projection_dim))  # image, text
+        self.register_buffer("modality_means", torch.zeros(2, config.projection_dim, dtype=torch.float32))
         self._freeze_unused_parameters()
         self.post_init()
 
@@ -131,7 +132,15 @@ class GCLModel(GCLPreTrainedModel):
                 pooler.requires_grad_(False)
 
     @classmethod
-    def from_encoder(cls, encoder, *, revision=None, **config):
+    def from_pretrained(cls, *args, **kwargs):
+        """As `PreTrainedModel.from_pretrained`, which forgets what `__init__` froze."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._freeze_unused_parameters()
+        return loaded
+
+    @classmethod
+    def from_encoder(cls, encoder, *, revision=None, dtype=None, attn_implementation=None, **config):
         r"""
         Start from a pretrained dual encoder.
 
@@ -139,6 +148,7 @@ class GCLModel(GCLPreTrainedModel):
             encoder (`str`, `Path` or `PreTrainedModel`): Hub id or folder of a dual encoder, or a loaded one. An id
                 or folder of a GCL checkpoint is loaded as such, with `config` overriding its configuration.
             revision (`str`, *optional*): Hub revision.
+            dtype, attn_implementation: as for `from_pretrained`, for an id or folder.
             **config: fields of [`GCLConfig`], e.g. `fusion="normalized_sum"`.
 
         Returns:
@@ -146,23 +156,39 @@ class GCLModel(GCLPreTrainedModel):
 
         Raises:
             ValueError: the backbone is no dual encoder.
+            TypeError: `config` names a field that GCLConfig does not have.
             OSError: no such id or folder.
         """
+        unknown = set(config) - set(inspect.signature(GCLConfig.__init__).parameters)
+        if unknown:
+            raise TypeError(f"GCLConfig has no field {', '.join(sorted(unknown))}")
         if isinstance(encoder, (str, Path)):
             encoder_config = AutoConfig.from_pretrained(encoder, revision=revision)
+            loading = {"revision": revision, "attn_implementation": attn_implementation}
+            loading |= {} if dtype is None else {"dtype": dtype}
             if encoder_config.model_type == GCLConfig.model_type:
-                # as keyword arguments they would be lost silently where the field is unknown: set them on the config
                 gcl_config = GCLConfig.from_pretrained(encoder, revision=revision, **config)
-                model = cls.from_pretrained(encoder, revision=revision, config=gcl_config)
+                model = cls.from_pretrained(encoder, config=gcl_config, **loading)
                 if config.get("logit_scale_init_value") is not None:
                     model.logit_scale.reset_()
                 return model
-            encoder = AutoModel.from_pretrained(encoder, revision=revision)
+            encoder = AutoModel.from_pretrained(encoder, **loading)
+        if encoder.config.model_type == GCLConfig.model_type:
+            raise ValueError("this encoder is a GCLModel already: use it as it is")
         own_scale = getattr(encoder, "logit_scale", None)
         if isinstance(own_scale, nn.Parameter):
             config.setdefault("logit_scale_init_value", own_scale.detach().float().exp().item())
         # a copy: GCLConfig resets the attention implementation of its sub-configs, which the loaded encoder has chosen
         return cls(GCLConfig(encoder_config=copy.deepcopy(encoder.config), **config), encoder=encoder)
+
+    @property
+    def dtype(self):
+        """The towers' dtype; transformers takes the first parameter's, perhaps a temperature kept in float32."""
+        return self.towers["image"].dtype
+
+    def get_input_embeddings(self):
+        """The text tower's token embeddings."""
+        return self.towers["text"].get_input_embeddings()
 
     @property
     def towers(self):
@@ -189,9 +215,7 @@ class GCLModel(GCLPreTrainedModel):
         Returns:
             `BaseModelOutputWithPooling`: features of shape `(N, D)` in `pooler_output`.
         """
-        # the encoder's own dtype may be that of a temperature kept in float32: ask its image tower
-        dtype = self.towers["image"].dtype
-        return self.encoder.get_image_features(pixel_values=pixel_values.to(dtype), **kwargs)
+        return self.encoder.get_image_features(pixel_values=pixel_values.to(self.dtype), **kwargs)
 
     def get_text_features(self, input_ids, attention_mask=None, **kwargs):
         r"""
@@ -261,6 +285,8 @@ class GCLModel(GCLPreTrainedModel):
 
     def _embeddings(self, image, text):
         """Unit-norm embeddings of raw features, either of which may be None; in float32 for half-precision towers."""
+        if self.config.centring and not self.modality_means.any():
+            raise ValueError("config.centring is on, but there are no means: call set_modality_means first")
         embeds = {}
         if image is not None:
             embeds["image_embeds"] = self._centre(image, 0)

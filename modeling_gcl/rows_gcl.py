@@ -34,12 +34,16 @@ def parse_row(value, index):
         index (`int`): position of the row, named in errors.
 
     Raises:
-        ValueError: a row with neither image nor text, an empty image list, or a text that is not a `str`.
+        ValueError: a row with neither image nor text, an empty image list, a text that is not a `str`, or a key that
+            looks like one of the two and would be ignored.
     """
     if isinstance(value, str):
         value = {"text": value}
     elif not isinstance(value, dict) or set(value) == {"bytes", "path"}:
         value = {"image": value}
+    for key, meant in (("caption", "text"), ("captions", "text"), ("texts", "text"), ("images", "image")):
+        if key in value:
+            raise ValueError(f"row {index} has the key {key!r}: call it {meant!r}")
     text, images = value.get("text"), value.get("image")
     if text is not None and not isinstance(text, str):
         raise ValueError(f"row {index}: text must be a str, got {type(text).__name__}")
@@ -86,12 +90,17 @@ def load_image(value):
             raise ImageError(
                 f"cannot read an image from {type(value).__name__}: pass a PIL image, path, bytes or array"
             )
-        return ImageOps.exif_transpose(image).convert("RGB")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # convert() would clip: 65535 is white
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        elif image.mode in ("I", "F"):
+            raise ImageError(f"{name}: pixels are 32-bit numbers of unknown range; convert it to 8 bits")
+        return image.convert("RGB")
     except ImageError:
         raise
     except FileNotFoundError as error:
         raise ImageError(f"{name}: no such file") from error
     except UnidentifiedImageError as error:  # its message holds a memory address
         raise ImageError(f"{name}: not a readable image (damaged, or of an unknown format)") from error
-    except (OSError, ValueError, TypeError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders of damaged files raise RuntimeError, struct.error, AttributeError, ... too
         raise ImageError(f"{name}: not a readable image ({error})") from error

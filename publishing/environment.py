@@ -1,8 +1,10 @@
-"""What a result depends on beside its recipe: versions, hardware, image backend, git SHA."""
+"""What a result depends on beside its recipe: the command, versions, hardware, image backend, git SHA."""
 
 import os
 import platform
+import shlex
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -43,6 +45,19 @@ def collect_environment() -> dict:
         "image_backend": "torchvision" if is_torchvision_available() else "pil",
         "git": git_state(REPOSITORY),
     }
+
+
+def command_line():
+    """The command that started this run, as a user would type it again, without secrets."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = "accelerate launch " if "ACCELERATE_MIXED_PRECISION" in os.environ else "python "
+    launcher += f"--multi_gpu --num_processes {processes} " if processes > 1 else ""
+    words = list(sys.argv)
+    for place, word in enumerate(words):
+        name, is_assignment, _ = word.partition("=")
+        if name.replace("-", "_").endswith("hub_token"):
+            words[place : place + 2 - bool(is_assignment)] = [f"{name}=***"]
+    return launcher + shlex.join(words)
 
 
 def package_versions() -> dict[str, str]:

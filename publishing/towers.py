@@ -89,8 +89,8 @@ def convert_towers(out_dir: str | Path, projection_dim: int = 256, image_size: i
     initialise_projections(model, seed)
 
     out_dir = Path(out_dir)
-    model.save_pretrained(out_dir)
     towers_processor(text_weights.parent, image_size).save_pretrained(out_dir)
+    model.save_pretrained(out_dir)  # the weights last: a folder that has them is complete
     return out_dir
 
 

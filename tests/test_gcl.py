@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from backbones import tiny_encoder, tiny_processor
-from test_train import write_parquet
+from training_runs import write_parquet
 
 import gcl
 from evaluation.embeddings import PairEmbeddings

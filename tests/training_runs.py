@@ -1,5 +1,6 @@
 """Tiny trainings for the tests: pairs of coloured squares and their names, a random CLIP, plain SGD."""
 
+import datasets
 import numpy as np
 import torch
 from backbones import tiny_encoder, tiny_processor
@@ -41,3 +42,14 @@ def make_trainer(output_dir, pairs=None, eval_pairs=None, model=None, max_broken
         processing_class=processor,
         max_broken_share=max_broken_share,
     )
+
+
+def write_parquet(path, n, seed=0):
+    """`make_pairs` as a parquet file; returns its path."""
+    pairs = make_pairs(n, seed)
+    columns = {name: [pair[name] for pair in pairs] for name in ("id", "image", "captions")}
+    features = datasets.Features(
+        {"id": datasets.Value("string"), "image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))}
+    )
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+    return path

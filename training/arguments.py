@@ -8,12 +8,24 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-FUSIONS = ("sum", "normalized_sum")
-TEXT_POOLINGS = ("encoder", "mean")
+from modeling_gcl.configuration_gcl import FUSIONS, TEXT_POOLINGS
+from modeling_gcl.loss_gcl import DENOMINATORS, DIRECTIONS
+
 FREEZABLE = ("image", "text", "image_tower", "text_tower", "logit_scale")
 LOSSES = ("gcl", "cl", "alignclip")
-DENOMINATORS = ("all", "without_other_positive", "target")
-DIRECTIONS = ("i->t", "t->i", "i->it", "it->i", "t->it", "it->t")
+# smallest values of the numbers whose wrong ones Trainer would take, or refuse without naming them
+AT_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "warmup_steps": 0,
+    "weight_decay": 0,
+    "max_grad_norm": 0,
+    "separation_weight": 0,
+    "seed": 0,
+    "eval_seed": 0,
+}
 
 
 @dataclass
@@ -41,8 +53,9 @@ class ModelArguments:
         logit_scale_init (`float`, *optional*):
             The value of 1/temperature that training starts from, e.g. 50 for a temperature of 0.02. By default the
             checkpoint's.
-        max_logit_scale (`float`, *optional*, defaults to 100.0):
-            A trained 1/temperature is clamped to this value.
+        max_logit_scale (`float`, *optional*):
+            A trained 1/temperature is clamped to this value. By default the checkpoint's own, which is 100 for a dual
+            encoder that is not a GCL checkpoint yet.
         licence (`str`, *optional*, defaults to `"other"`):
             Licence of the trained weights for the model card, as the Hub spells it: `apache-2.0`, `cc-by-sa-4.0`, ...
 
@@ -56,7 +69,7 @@ class ModelArguments:
     text_pooling: str | None = None
     freeze: list[str] = field(default_factory=list)
     logit_scale_init: float | None = None
-    max_logit_scale: float = 100.0
+    max_logit_scale: float | None = None
     licence: str = "other"
 
     def __post_init__(self):
@@ -68,10 +81,11 @@ class ModelArguments:
             _one_of("model.text_pooling", self.text_pooling, TEXT_POOLINGS)
         for part in self.freeze:
             _one_of("model.freeze", part, FREEZABLE)
-        _positive("model.max_logit_scale", self.max_logit_scale)
+        if self.max_logit_scale is not None:
+            _positive("model.max_logit_scale", self.max_logit_scale)
         if self.logit_scale_init is not None:
             _positive("model.logit_scale_init", self.logit_scale_init)
-            if self.logit_scale_init > self.max_logit_scale:
+            if self.max_logit_scale is not None and self.logit_scale_init > self.max_logit_scale:
                 raise ValueError(
                     f"model.logit_scale_init is {self.logit_scale_init}, over model.max_logit_scale "
                     f"({self.max_logit_scale}): it is 1/temperature, e.g. 50 for a temperature of 0.02"
@@ -152,15 +166,18 @@ class DataArguments:
             Draw a source of n pairs with probability proportional to n^alpha: 1 keeps the proportions, 0 makes all
             sources equal. Weights of the sources win over it.
         max_broken_share (`float`, *optional*, defaults to 0.01):
-            Missing or unreadable images are skipped, counted and reported; over this share of a source, loading or
-            training stops with an error.
+            Images that are missing or unreadable are skipped, counted and reported up to this share; more of them stop
+            the run with an error. Files that are missing (or lack their `.txt`) count when a source is loaded, as a
+            share of that source's pairs. Images that can't be decoded show in training and count, each once, as a share
+            of the training pairs of all sources together.
         crop_scale (`list[float]`, *optional*, defaults to `[0.9, 1.0]`):
             Train on a random crop with this share of the image's area, at most 4/3 times wider or higher in shape than
             the image. `null` turns it off.
         horizontal_flip (`bool`, *optional*, defaults to `False`):
             Mirror half of the training images. Off by default, since captions say "left" and "right".
         max_text_length (`int`, *optional*):
-            Captions are cut to this number of tokens. By default the tokenizer's own limit.
+            Captions are cut to this number of tokens. It is stored in the processor that is saved with the model, so
+            that training and `encode` cut alike. By default the limit of the encoder's own processor or tokenizer.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -231,6 +248,11 @@ class GCLTrainingArguments(TrainingArguments):
             Seed of the mixed-modality search: which modality stands for each candidate. Apart from `seed`, so that
             runs with different seeds are measured on the same pool.
 
+        > Resuming
+
+        resume_from_checkpoint (`bool` or `str`, *optional*):
+            `true` (or the bare option) goes on from the last checkpoint in `output_dir`; a path goes on from that one.
+
         > Defaults changed from TrainingArguments
 
         per_device_train_batch_size (`int`, *optional*, defaults to 64):
@@ -280,6 +302,7 @@ class GCLTrainingArguments(TrainingArguments):
     mask_equal_captions: bool = True
     separation_weight: float = 0.5
     eval_seed: int = 0
+    resume_from_checkpoint: bool | str | None = None
     per_device_train_batch_size: int = 64
     per_device_eval_batch_size: int = 64
     num_train_epochs: float = 1.0
@@ -302,8 +325,7 @@ class GCLTrainingArguments(TrainingArguments):
         _one_of("training.loss", self.loss, LOSSES)
         _one_of("training.denominator", self.denominator, DENOMINATORS)
         self._check_direction_weights()
-        if not math.isfinite(self.separation_weight) or self.separation_weight < 0:
-            raise ValueError(f"training.separation_weight is {self.separation_weight}: use a number of at least 0")
+        self._check_numbers()
         only_gcl = {"denominator": "all", "intra_modality": True, "direction_weights": None}
         for name, unused in ({} if self.loss == "gcl" else only_gcl).items():
             if getattr(self, name) != unused:
@@ -317,6 +339,18 @@ class GCLTrainingArguments(TrainingArguments):
         super().__post_init__()
         # pinned memory serves copies to an accelerator; without one torch warns in every worker
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
+
+    def _check_numbers(self):
+        for name, smallest in AT_LEAST.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= smallest):
+                raise ValueError(f"training.{name} is {value}: use a number of at least {smallest}")
+        for name in ("learning_rate", "num_train_epochs"):
+            _positive(f"training.{name}", getattr(self, name))
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(
+                f"training.max_steps is {self.max_steps}: use 1 or more, or -1 for as many as num_train_epochs makes"
+            )
 
     def _check_direction_weights(self):
         if self.direction_weights is None:

@@ -1,4 +1,4 @@
-"""What happens around the Trainer's steps: epochs reach the data, the temperature keeps its bound."""
+"""What happens around the steps: epochs reach the data, the temperature keeps its bound, broken images are counted."""
 
 from transformers import TrainerCallback
 
@@ -15,3 +15,13 @@ class LogitScaleCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         model.logit_scale.clamp_()
+
+
+class BrokenImagesCallback(TrainerCallback):
+    """Counts the unreadable images over all processes when an epoch ends; each process alone sees but its share."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.trainer.gather_broken_images()

@@ -151,8 +151,7 @@ class PairCollator:
     """Makes a batch of the items of `PairDataset`; runs in the workers.
 
     Args:
-        processor: a `GCLProcessor`, which knows its checkpoint's padding.
-        max_text_length: captions are cut to this number of tokens, the processor's limit by default.
+        processor: a `GCLProcessor`, which knows its checkpoint's padding and where captions are cut.
 
     Returns (when called on N items):
         What the processor makes of images and texts (`pixel_values` (N, C, H, W), `input_ids` and `attention_mask`
@@ -160,14 +159,12 @@ class PairCollator:
         for case and spacing: see `stable_hash`), and `broken`, a list of str to take out before the model is called.
     """
 
-    def __init__(self, processor, max_text_length: int | None = None):
+    def __init__(self, processor):
         self.processor = processor
-        self.max_text_length = max_text_length
 
     def __call__(self, items: list[dict]) -> dict:
         texts = [item["text"] for item in items]
-        cut = {} if self.max_text_length is None else {"max_length": self.max_text_length}
-        batch = dict(self.processor(images=[item["image"] for item in items], text=texts, return_tensors="pt", **cut))
+        batch = dict(self.processor(images=[item["image"] for item in items], text=texts, return_tensors="pt"))
         batch["ids"] = torch.tensor([stable_hash(item["pair_id"]) for item in items])
         batch["caption_ids"] = torch.tensor([stable_hash(" ".join(text.lower().split())) for text in texts])
         batch["broken"] = [name for item in items for name in item["broken"]]
@@ -175,11 +172,11 @@ class PairCollator:
 
 
 class BrokenImages:
-    """Counts the images that could not be read in training, each once.
+    """Counts the images that could not be read in training, each once, over all sources together.
 
     Args:
-        total: number of pairs in the training data.
-        max_share: see `DataArguments.max_broken_share`.
+        total: number of training pairs, of all sources.
+        max_share: the share of `total` that may be unreadable (`DataArguments.max_broken_share`).
     """
 
     def __init__(self, total: int, max_share: float):
@@ -191,9 +188,26 @@ class BrokenImages:
         """Count what a batch brought in `broken`.
 
         Raises:
-            DataError: when the share of all pairs is over `max_share`.
+            DataError: as `check`.
         """
         self._names.update(dict.fromkeys(names))
+        self.check()
+
+    def merge(self, names: Sequence[str]):
+        """Count what all ranks met: `names` gathered from each. Count and order (sorted) are then the same on all.
+
+        Raises:
+            DataError: as `check`, on every rank alike.
+        """
+        self._names = dict.fromkeys(sorted({*self._names, *names}))
+        self.check()
+
+    def check(self):
+        """Compare the count with the share allowed.
+
+        Raises:
+            DataError: when more than `max_share` of all pairs could not be read.
+        """
         if len(self._names) > self.max_share * self.total:
             raise DataError(
                 f"{self.summary()}: over data.max_broken_share ({self.max_share:.2%}). "
@@ -202,7 +216,7 @@ class BrokenImages:
 
     @property
     def names(self) -> list[str]:
-        """The images with what is wrong, in the order they were met."""
+        """The images with what is wrong, in the order they were met; sorted once merged."""
         return list(self._names)
 
     def summary(self) -> str:

@@ -5,8 +5,8 @@
     recipe.to_yaml()                             # what was set, overrides included, to be saved beside the weights
 
 A key is written in full (`--training.seed 3`, `--data.train.0.limit 100`) or, where only one section knows it, bare
-(`--seed 3`). Values are YAML: `--freeze "[text, logit_scale]"`. A switch needs no value: `--bf16`. Relative paths start
-from the working directory, wherever the recipe lies.
+(`--seed 3`). Values are YAML: `--freeze "[text, logit_scale]"`; text and the paths of sources are taken as typed. A
+switch needs no value: `--bf16`. Relative paths start from the working directory, wherever the recipe lies.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from training.arguments import DataArguments, GCLTrainingArguments, ModelArguments, SourceArguments
 from training.recipe_help import format_help
-from training.recipe_values import RecipeError, convert, is_switch, is_text, read_yaml, write_yaml
+from training.recipe_values import RecipeError, choices, convert, is_switch, read_option, read_yaml, write_yaml
 
 SECTIONS = {"model": ModelArguments, "data": DataArguments, "training": GCLTrainingArguments}
 USAGE = "usage: train.py RECIPE.yaml [--key value ...]   (--help lists the keys)"
@@ -70,7 +70,12 @@ def _read_recipe(path: str) -> dict:
     """The settings of a YAML file, checked and converted."""
     if not Path(path).is_file():
         raise RecipeError(f"{path}: no such recipe (working directory: {Path.cwd()})")
-    document, lines = read_yaml(Path(path).read_text(encoding="utf-8"), path)
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise RecipeError(f"{path}, line {line}: not UTF-8; save it as UTF-8") from error
+    document, lines = read_yaml(text, path)
 
     def where(keys: tuple) -> str:
         return f"{path}, line {lines[keys]}" if keys in lines else path
@@ -113,14 +118,14 @@ def _override(settings: dict, key: str, text: str | None):
         hint = _step_into(hint, name, keys[: depth + 1], key)
         target = _container(target, name, hint, key)
     hint = _step_into(hint, keys[-1], keys, key)
+    if isinstance(target, list):
+        _check_position(target, keys[-1], key)
     if text is None:
         if not is_switch(hint):
             raise RecipeError(f"--{key}: a value is missing")
         value = True
-    elif is_text(hint):
-        value = None if text in ("null", "~") else text
     else:
-        value, _ = read_yaml(text, f"--{key}")
+        value = read_option(text, hint, f"--{key}")
     target[keys[-1]] = convert(value, hint, tuple(keys), lambda _: f"--{key}", _check_keys)
 
 
@@ -142,25 +147,33 @@ def _step_into(hint, name, keys: list, key: str):
     """The type of `name` inside a section table, a dataclass or a list of dataclasses."""
     if isinstance(hint, dict):
         return hint[name]
-    candidates = [hint, *typing.get_args(hint)]
-    for candidate in candidates:
+    full = ".".join(map(str, keys[:-1]))
+    for candidate in choices(hint):
         if dataclasses.is_dataclass(candidate):
             _check_keys(candidate, [name], tuple(keys[:-1]), lambda _: f"--{key}")
             return _fields(candidate)[name]
-        if typing.get_origin(candidate) is list and isinstance(name, int):
-            return typing.get_args(candidate)[0]
-    raise RecipeError(f"--{key}: {'.'.join(map(str, keys[:-1]))} has no parts; give its whole value")
+        if typing.get_origin(candidate) is list:
+            if isinstance(name, int):
+                return typing.get_args(candidate)[0]
+            raise RecipeError(
+                f"--{key}: {full} is a list: use --{keys[-2]} for the whole, or --{full}.0.{name} for its first entry"
+            )
+    raise RecipeError(f"--{key}: {full} has no parts; give its whole value")
 
 
 def _container(parent, name, hint, key: str):
     """The dict or list under `name`, made where the recipe has none."""
     if isinstance(parent, list):
-        if name >= len(parent):
-            raise RecipeError(f"--{key}: the recipe has only {len(parent)} there, counted from 0")
+        _check_position(parent, name, key)
         return parent[name]
     if parent.get(name) is None:
-        parent[name] = [] if typing.get_origin(hint) is list else {}
+        parent[name] = [] if any(typing.get_origin(choice) is list for choice in choices(hint)) else {}
     return parent[name]
+
+
+def _check_position(entries: list, position: int, key: str):
+    if position >= len(entries):
+        raise RecipeError(f"--{key}: the recipe has only {len(entries)} there, counted from 0")
 
 
 def _check_keys(cls, names, keys: tuple, where):

@@ -63,6 +63,8 @@ def read_yaml(text: str, name: str) -> tuple[object, dict[tuple, int]]:
             return None, lines
         _record_lines(node, (), lines, name)
         return loader.construct_document(node), lines
+    except RecursionError as error:
+        raise RecipeError(f"{name}: nested too deeply") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{name}, line {mark.line + 1}" if mark else name
@@ -79,6 +81,8 @@ def _record_lines(node, keys: tuple, lines: dict, name: str):
         seen: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise RecipeError(f"{name}, line {line}: a key must be one word, not a list or mapping")
             if key.value in seen:
                 raise RecipeError(f"{name}, line {line}: key {key.value!r} was set in line {seen[key.value]} already")
             seen[key.value] = line
@@ -150,18 +154,54 @@ def convert(value, hint, keys: tuple, where: Callable, check_keys: Callable):
 
 def is_switch(hint) -> bool:
     """Whether an option of this type may stand without a value: `--bf16`."""
-    return bool in _choices(hint)
+    return bool in choices(hint)
 
 
-def is_text(hint) -> bool:
-    """Whether this type takes text and nothing else, so that what was typed is not read as YAML."""
-    return _choices(hint) == [str]
+def read_option(text: str, hint, name: str):
+    """What was typed for an option, before conversion: YAML, but for types that take text.
+
+    Text stays as typed where nothing else fits: `--run_name 2024`, `--resume_from_checkpoint @x`. A data source is a
+    path as typed too (`--train "photos #1"`), unless it is a list or a mapping with a key that sources have.
+
+    Args:
+        text: as typed.
+        hint: the type that is declared.
+        name: the option, for errors.
+
+    Raises:
+        RecipeError: for text that is not YAML and can't be taken as typed.
+    """
+    kinds = choices(hint)
+    keys = _source_keys(kinds)
+    if text in ("null", "~"):
+        return None
+    if kinds == [str]:
+        return text
+    try:
+        value, _ = read_yaml(text, name)
+    except RecipeError:
+        if keys or (str in kinds and text[:1] not in ("[", "{")):
+            return text
+        raise
+    if keys:
+        is_source = isinstance(value, list) or (isinstance(value, dict) and not keys.isdisjoint(value))
+        return value if is_source else text
+    return text if str in kinds and _choice(value, hint) is None else value
+
+
+def _source_keys(kinds: list) -> set[str]:
+    """The keys of a data source, where a source or a list of them is declared."""
+    for kind in kinds:
+        item = (typing.get_args(kind) or [None])[0] if typing.get_origin(kind) is list else kind
+        if dataclasses.is_dataclass(item):
+            return set(typing.get_type_hints(item))
+    return set()
 
 
 def describe(hint) -> str:
     """A type in a user's words: "a number or null"."""
-    choices = [_describe_one(choice) for choice in _choices(hint)]
-    return " or ".join(choices + (["null"] if type(None) in typing.get_args(hint) else []))
+    members = [_describe_one(choice) for choice in choices(hint)]
+    return " or ".join(members + (["null"] if type(None) in typing.get_args(hint) else []))
 
 
 def _describe_one(hint) -> str:
@@ -177,8 +217,8 @@ def _describe_one(hint) -> str:
     return names.get(origin, str(hint))
 
 
-def _choices(hint) -> list:
-    """The members of a union that YAML can write: without None, and without enums where plain text is accepted too."""
+def choices(hint) -> list:
+    """The type itself, or the members of a union that YAML can write: not None, no enums where plain text does too."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return [hint]
     members = [choice for choice in typing.get_args(hint) if choice is not type(None)]
@@ -187,10 +227,10 @@ def _choices(hint) -> list:
 
 def _choice(value, hint):
     """The member of a union that fits the value's kind, or None."""
-    choices = _choices(hint)
-    if len(choices) == 1:
-        return choices[0]
-    for choice in choices:
+    members = choices(hint)
+    if len(members) == 1:
+        return members[0]
+    for choice in members:
         base = typing.get_origin(choice) or choice
         if base is typing.Literal:
             if value in typing.get_args(choice):

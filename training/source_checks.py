@@ -1,6 +1,7 @@
 """What every source of pairs must satisfy, and the report of what was read."""
 
 import logging
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -8,6 +9,15 @@ logger = logging.getLogger(__name__)
 
 IMAGE_COLUMNS = ("image", "file_name", "image_path", "filename", "image_file", "filepath", "path", "img", "jpg")
 CAPTION_COLUMNS = ("captions", "caption", "text", "texts", "title", "sentences", "blip_caption", "description")
+
+MISSING = "images missing"
+MISSING_BACKSLASH = "images missing, named with a backslash"
+NO_CAPTION_FILE = "images without a .txt beside them"
+REMEDIES = {
+    MISSING: "Check image_root and the paths",
+    MISSING_BACKSLASH: "Write paths with / instead of \\, relative to image_root",
+    NO_CAPTION_FILE: "Write a .txt with the captions beside each image, of the same name",
+}
 
 
 class DataError(ValueError):
@@ -23,7 +33,7 @@ class SourceReport:
         revision: commit of a Hub data set, `sha256:...` of a captions or data file, or None.
         split: split of a Hub data set, None for local sources.
         pairs, captions: how many are used.
-        skipped: {reason: number of pairs left out}.
+        skipped: {reason: number of pairs left out}; the reasons are the keys of `REMEDIES`.
         first_skipped: {reason: the first one's name}.
     """
 
@@ -59,10 +69,12 @@ class SourceReport:
             for reason, count in self.skipped.items()
         ]
         message = f"{self.path}: {'; '.join(parts)}"
-        if self.num_skipped > max_broken_share * total or self.num_skipped == total:
+        remedies = ". ".join(REMEDIES[reason] for reason in self.skipped)
+        if self.num_skipped == total:
+            raise DataError(f"{message}: no pair is left. {remedies}")
+        if self.num_skipped > max_broken_share * total:
             raise DataError(
-                f"{message}: over data.max_broken_share ({max_broken_share:.2%}). "
-                "Check image_root and the paths, or raise max_broken_share"
+                f"{message}: over data.max_broken_share ({max_broken_share:.2%}). {remedies}, or raise max_broken_share"
             )
         logger.warning("%s. They are left out.", message)
 
@@ -91,7 +103,7 @@ def check_captions(value: object, place: str) -> list[str]:
     """The captions of one row as a list of stripped texts.
 
     Raises:
-        DataError: for captions that are absent, blank or not text.
+        DataError: for captions that are absent, blank or not text, or hold half a surrogate pair.
     """
     captions = [value] if value is None or isinstance(value, str) else value
     if not isinstance(captions, (list, tuple)):
@@ -105,7 +117,22 @@ def check_captions(value: object, place: str) -> list[str]:
             raise DataError(f"{place}: the caption {_short(caption)} is not text; quote it or correct the row")
         if caption is None or not caption.strip():
             raise DataError(f"{place}: the caption is empty; write one or remove the row")
+        check_encodable(caption, "caption", place)
     return [caption.strip() for caption in captions]
+
+
+def check_encodable(text: str, what: str, place: str):
+    """Raise `DataError` for half a surrogate pair, which can neither be stored nor tokenised.
+
+    A cut `\\ud83d\\ude00` of JSON leaves it, and a file name that is not UTF-8.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: the {what} {_short(text)} holds {text[error.start]!r}, which is not a character; "
+            "correct it, or rename the file to a UTF-8 name"
+        ) from error
 
 
 class UniqueIds:
@@ -116,9 +143,10 @@ class UniqueIds:
 
     def add(self, pair_id: object, place: str) -> str:
         """The id as text."""
-        if pair_id is None or pair_id == "":
+        if pair_id is None or pair_id == "" or (isinstance(pair_id, float) and math.isnan(pair_id)):
             raise DataError(f"{place}: the id is empty; give one, or set id_column to a column without gaps")
         pair_id = str(pair_id)
+        check_encodable(pair_id, "id", place)
         if pair_id in self._places:
             raise DataError(
                 f"{place}: id {pair_id!r} was used in {self._places[pair_id]} already; ids must be unique: "

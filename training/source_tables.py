@@ -3,10 +3,12 @@
 Only the text columns pass through Python. The images stay memory-mapped, so a table may be larger than memory.
 """
 
+import os
 import re
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
@@ -15,13 +17,14 @@ from training.arguments import SourceArguments
 from training.source_checks import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
+    MISSING,
     DataError,
     SourceReport,
     UniqueIds,
     check_captions,
     find_column,
 )
-from training.source_files import FEATURES, Listed, pairs_from_list
+from training.source_files import FEATURES, Listed, inside, missing_reason, pairs_from_list
 
 TEXT = (datasets.Value("string"), datasets.Value("large_string"))
 BYTES = (datasets.Value("binary"), datasets.Value("large_binary"))
@@ -72,13 +75,15 @@ def pairs_from_table(
     Args:
         table: any columns; images as `datasets.Image`, bytes, {bytes, path} or paths.
         place: what to call the table in errors.
-        root: folder that paths are relative to, None where there are no files.
+        root: folder that holds the files of images that are not in the table and that paths are relative to. None for
+            a Hub data set, whose files are in the caches of the Hub.
 
     Raises:
         DataError: as `training.sources.read_source` lists them.
     """
     if len(table) == 0:
         raise DataError(f"{place} has no rows")
+    root = Path(os.path.abspath(root)) if root is not None else None
     image_column = _image_column(table, place, source)
     caption_column = find_column(place, table.column_names, source.caption_column, CAPTION_COLUMNS, "caption_column")
     id_column = source.id_column or ("id" if "id" in table.column_names else None)
@@ -104,20 +109,33 @@ def pairs_from_table(
     ]
     pairs = table.select_columns([image_column]).rename_columns({image_column: "image"})
     pairs = pairs.cast_column("image", FEATURES["image"])
-    present = _present(pairs)
+    stored = _stored(pairs)
+    files = {row: _file(path, f"{place}, row {row}", root) for row, path in enumerate(stored) if path is not True}
     texts = datasets.Dataset.from_dict(
         {"id": ids, "captions": captions},
         features=datasets.Features({key: FEATURES[key] for key in ("id", "captions")}),
     )
     pairs = datasets.concatenate_datasets([pairs, texts], axis=1).select_columns(list(FEATURES))
-    for number, is_present in enumerate(present):
-        if not is_present:
-            report.skip("images missing", f"row {number}")
+    for row, file in files.items():
+        if file is None or not os.path.isfile(file):
+            reason = MISSING if file is None else missing_reason(file, root)
+            report.skip(reason, f"row {row}" if file is None else f"row {row}, {file}")
+            files[row] = None
     report.check_skipped(len(pairs), max_broken_share)
-    if not all(present):
-        pairs = pairs.select([number for number, is_present in enumerate(present) if is_present])
+    found = {row: file for row, file in files.items() if file is not None}
+    if files:
+        # the table's own rows stay memory-mapped; those with a checked file come behind it and are then put in place
+        checked = {
+            "id": [ids[row] for row in found],
+            "image": [{"bytes": None, "path": file} for file in found.values()],
+            "captions": [captions[row] for row in found],
+        }
+        places = {row: len(pairs) + number for number, row in enumerate(found)}
+        order = [places.get(row, row) for row in range(len(pairs)) if row not in files or row in found]
+        pairs = datasets.concatenate_datasets([pairs, datasets.Dataset.from_dict(checked, features=FEATURES)])
+        pairs = pairs.select(order)
     report.pairs = len(pairs)
-    report.captions = sum(len(texts) for texts, is_present in zip(captions, present) if is_present)
+    report.captions = sum(len(texts) for row, texts in enumerate(captions) if row not in files or row in found)
     return pairs
 
 
@@ -138,9 +156,29 @@ def _values(table: datasets.Dataset, column: str | None) -> list:
     return [None] * len(table) if column is None else table.select_columns([column]).to_dict()[column]
 
 
-def _present(pairs: datasets.Dataset) -> list[bool]:
-    """Whether each row has image bytes or an existing file; reads no image."""
+def _stored(pairs: datasets.Dataset) -> list[bool | str | None]:
+    """For each row True where the table holds the image's bytes, else its path or None; reads no image."""
     images = pairs.data.column("image")
-    has_bytes = pyarrow.compute.is_valid(pyarrow.compute.struct_field(images, "bytes")).to_pylist()
+    sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(images, "bytes")).to_pylist()
     paths = pyarrow.compute.struct_field(images, "path").to_pylist()
-    return [stored or (path is not None and Path(path).is_file()) for stored, path in zip(has_bytes, paths)]
+    return [True if size else path for size, path in zip(sizes, paths)]
+
+
+def _file(path: str | None, place: str, root: Path | None) -> str | None:
+    """The file that an image without bytes names, None where it can't be told.
+
+    Raises:
+        DataError: for a path outside the root, or outside the caches where a Hub data set has no root.
+    """
+    if not path:
+        return None
+    if root is not None:
+        return inside(root, path, place)
+    if not os.path.isabs(path):
+        return None
+    config = datasets.config
+    caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH)
+    for cache in (*caches, huggingface_hub.constants.HF_HUB_CACHE):
+        if Path(os.path.normpath(path)).is_relative_to(os.path.abspath(cache)):
+            return os.path.normpath(path)
+    raise DataError(f"{place}: {path} lies outside the caches of the Hub; set image_root to the folder of the images")

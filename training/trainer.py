@@ -16,7 +16,7 @@ from transformers import Trainer
 from evaluation.pairs import embed_pairs, evaluate_embeddings
 from modeling_gcl import alignclip_loss, contrastive_loss, gcl_loss
 
-from .callbacks import DataEpochCallback, LogitScaleCallback
+from .callbacks import BrokenImagesCallback, DataEpochCallback, LogitScaleCallback
 from .data import BrokenImages
 from .distributed import RowShardedEncoder, gather_rows
 
@@ -56,6 +56,7 @@ class GCLTrainer(Trainer):
         self._terms = defaultdict(list)  # since the last log entry
         self.add_callback(DataEpochCallback)
         self.add_callback(LogitScaleCallback)
+        self.add_callback(BrokenImagesCallback(self))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
@@ -112,8 +113,13 @@ class GCLTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def gather_broken_images(self):
-        """Names of the unreadable images that any process met, each once; every process must call it."""
-        return sorted(set(gather_object(self.broken_images.names)))
+        """Names of the unreadable images that any process met, each once; every process must call it.
+
+        Raises:
+            DataError: they are more than `max_broken_share` of the training data.
+        """
+        self.broken_images.merge(gather_object(self.broken_images.names))
+        return self.broken_images.names
 
     def embed_eval_pairs(self, eval_dataset=None):
         """[`PairEmbeddings`] of the evaluation pairs, embedded by all processes together."""
@@ -131,7 +137,7 @@ class GCLTrainer(Trainer):
         """The nine-way evaluation; logs and returns its headline, mixed and gap figures under `metric_key_prefix`."""
         result = evaluate_embeddings(self.embed_eval_pairs(eval_dataset), seed=self.args.eval_seed)
         metrics = headline_metrics(result, metric_key_prefix)
-        self.log(metrics)
+        self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

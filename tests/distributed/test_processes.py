@@ -1,5 +1,6 @@
 """Two processes against one on the whole batch: weights, temperature, loss and embeddings."""
 
+import json
 import os
 import subprocess
 import sys
@@ -40,3 +41,20 @@ def test_any_number_of_processes_trains_as_one(processes, one_process, tmp_path)
             torch.testing.assert_close(
                 parameter, one_process[loss][name], atol=1e-5, rtol=1e-4, msg=lambda m, at=(loss, name): f"{at}: {m}"
             )
+
+
+def test_train_py_runs_from_the_shipped_config_on_two_processes(recipe, tmp_path):
+    """Evaluation shared out, one writer, and the world size that was asked for."""
+    settings = ["--per_device_train_batch_size", "4", "--max_steps", "3", "--model.freeze", "[text]"]
+    config = ROOT / "hub_configs" / "accelerate" / "two_cpu_processes.yaml"
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file", config]
+    run = subprocess.run(
+        [*command, ROOT / "train.py", recipe, *settings],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.count("Written to") == 1 and run.stdout.count("text tower") == 1
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "| world_size | 2 |" in card and "accelerate launch --multi_gpu --num_processes 2 " in card
+    results = json.loads((tmp_path / "out" / "model" / "results.json").read_text())
+    assert results["after"]["num_pairs"] == 12 and results["log_history"][1]["step"] == 1

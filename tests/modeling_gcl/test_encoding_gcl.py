@@ -88,9 +88,9 @@ def test_encode_leaves_the_training_mode_as_it_was(clip):
     model.train()
     model.encode(["a dog"], processor=processor)
     assert model.training
-    model.eval()
-    model.encode(["a dog"], processor=processor)
-    assert not model.training
+    model.towers["image"].eval()  # as a user may keep batch statistics fixed
+    model.encode((row for row in ["a dog"]), processor=processor)  # any iterable
+    assert model.training and model.towers["text"].training and not model.towers["image"].training
 
 
 def test_no_rows_give_no_embeddings(clip):
@@ -134,6 +134,13 @@ def test_bad_calls(clip):
     model, processor = clip
     with pytest.raises(ValueError, match="wrap a single row in a list"):
         model.encode("a dog", processor=processor)
+    for single in (random_image(0), Path("x.png"), np.zeros((4, 4, 3), dtype=np.uint8), {"text": "a dog"}):
+        with pytest.raises(ValueError, match="wrap a single row in a list"):
+            model.encode(single, processor=processor)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        model.encode(["a dog"], processor=processor, batch_size=0)
+    with pytest.raises(ValueError, match="row 0 has the key 'caption': call it 'text'"):
+        model.encode([{"image": random_image(0), "caption": "a dog"}], processor=processor)
     with pytest.raises(ValueError, match="on_error='ignore' is unknown"):
         model.encode(["a dog"], processor=processor, on_error="ignore")
 
@@ -154,3 +161,24 @@ def test_images_are_upright_rgb(tmp_path):
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:200])
     with pytest.raises(ImageError, match="cut.jpg: not a readable image"):
         load_image(tmp_path / "cut.jpg")
+
+
+def test_deep_pixels_keep_their_range_or_are_refused(tmp_path):
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "deep.png")
+    assert np.array_equal(np.asarray(load_image(tmp_path / "deep.png"))[..., 0], np.arange(256).reshape(16, 16))
+    Image.fromarray(np.linspace(0, 1, 16, dtype=np.float32).reshape(4, 4)).save(tmp_path / "float.tiff")
+    with pytest.raises(ImageError, match="float.tiff: pixels are 32-bit numbers of unknown range"):
+        load_image(tmp_path / "float.tiff")
+
+
+def test_whatever_a_decoder_raises_is_an_image_error(monkeypatch):
+    """Damaged AVIF, EXIF and DDS data raise RuntimeError, struct.error, NotImplementedError from inside Pillow."""
+    for error in (RuntimeError, NotImplementedError, AttributeError, MemoryError):
+
+        def fail(image, error=error):
+            raise error("damaged")
+
+        monkeypatch.setattr("modeling_gcl.rows_gcl.ImageOps.exif_transpose", fail)
+        with pytest.raises(ImageError, match="not a readable image .damaged"):
+            load_image(png_bytes(random_image(0)))

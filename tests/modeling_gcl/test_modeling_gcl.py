@@ -168,16 +168,22 @@ def test_bfloat16_keeps_the_temperature_and_gives_unit_float32_embeddings(tmp_pa
         a, b = model(**inputs_for("clip")), half(**inputs_for("clip"))
     assert b.image_embeds.dtype == torch.float32 and b.loss.dtype == torch.float32
     assert (a.fused_embeds * b.fused_embeds).sum(-1).min() > 0.99
+    half.save_pretrained(tmp_path / "half")
+    again = GCLModel.from_pretrained(tmp_path / "half")
+    assert again.dtype == torch.bfloat16 and again.modality_means.dtype == torch.float32
+    assert GCLModel.from_encoder(tmp_path / "half", dtype=torch.float32).dtype == torch.float32
+    for (name, parameter), (_, loaded) in zip(half.named_parameters(), again.named_parameters(), strict=True):
+        assert parameter.dtype == loaded.dtype and torch.equal(parameter, loaded), name
 
 
-def test_all_trainable_parameters_get_a_gradient(backbone):
-    """DistributedDataParallel fails on any that do not."""
+def test_all_trainable_parameters_get_a_gradient(backbone, tmp_path):
+    """DistributedDataParallel fails on any that do not; a loaded checkpoint must freeze what a new model does."""
     pooling = "mean" if backbone == "vision-text-dual-encoder" else "encoder"
     model = GCLModel.from_encoder(tiny_encoder(backbone), text_pooling=pooling)
-    model(**inputs_for(backbone)).loss.backward()
-    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    # parameters of ViT's pooler-less copies and the like would show here
-    assert without == []
+    model.save_pretrained(tmp_path)
+    for each in (model, GCLModel.from_pretrained(tmp_path), GCLModel.from_encoder(tmp_path)):
+        each.train()(**inputs_for(backbone)).loss.backward()
+        assert [name for name, p in each.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
 def test_mean_pooling_ignores_padding():
@@ -245,6 +251,16 @@ def test_unknown_backbones_and_foreign_checkpoints_are_refused(tmp_path):
         GCLModel.from_encoder(tiny_encoder("siglip"), text_pooling="mean")
     with pytest.raises(ValueError, match="fusion='product' is unknown"):
         GCLModel.from_encoder(tiny_encoder("clip"), fusion="product")
+    with pytest.raises(TypeError, match="GCLConfig has no field fuson"):
+        GCLModel.from_encoder(tiny_encoder("clip"), fuson="sum")
+    GCLModel.from_encoder(tiny_encoder("clip")).save_pretrained(tmp_path / "gcl")
+    for bad in ({"fusion": "product"}, {"max_logit_scale": 0.0}, {"logit_scale_init_value": -1.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}=.*(is unknown|must be positive)"):
+            GCLModel.from_encoder(tmp_path / "gcl", **bad)
+    with pytest.raises(ValueError, match="GCLModel already"):
+        GCLModel.from_encoder(GCLModel.from_encoder(tiny_encoder("clip")))
+    with pytest.raises(ValueError, match="there are no means: call set_modality_means"):
+        GCLModel.from_encoder(tiny_encoder("clip"), centring=True)(**inputs_for("clip"))
     with pytest.raises(ValueError, match="nothing to embed"):
         GCLModel.from_encoder(tiny_encoder("clip"))()
     with pytest.raises(TypeError, match="takes no input named pixels"):

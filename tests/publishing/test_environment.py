@@ -1,11 +1,12 @@
 import json
 import platform
 import subprocess
+import sys
 
 import torch
 
 from publishing import environment
-from publishing.environment import collect_environment, git_state
+from publishing.environment import collect_environment, command_line, git_state
 
 
 def test_environment_is_complete():
@@ -42,3 +43,10 @@ def test_git_state(tmp_path):
     assert git_state(tmp_path) == {"sha": git("rev-parse", "HEAD"), "dirty": False}
     (tmp_path / "file").write_text("b")
     assert git_state(tmp_path)["dirty"] is True
+
+
+def test_secrets_stay_out_of_the_command(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "r.yaml", "--hub_token", "hf_abc", "--seed", "1"])
+    assert command_line().endswith("train.py r.yaml '--hub_token=***' --seed 1")
+    monkeypatch.setattr(sys, "argv", ["train.py", "r.yaml", "--training.hub-token=hf_abc", "--seed", "1"])
+    assert "hf_abc" not in command_line() and command_line().endswith("--seed 1")

@@ -15,6 +15,7 @@ def test_defaults_suit_contrastive_training(tmp_path):
     assert arguments.report_to == []
     assert arguments.logging_nan_inf_filter is False
     assert arguments.remove_unused_columns is False
+    assert arguments.resume_from_checkpoint is None
 
 
 def test_arguments_can_be_saved(tmp_path):
@@ -36,6 +37,22 @@ def test_arguments_can_be_saved(tmp_path):
         ({"separation_weight": 0.25}, "belongs to loss: alignclip"),
         ({"loss": "alignclip", "separation_weight": -1.0}, "at least 0"),
         ({"remove_unused_columns": True}, "must be false"),
+        ({"per_device_train_batch_size": 0}, "training.per_device_train_batch_size is 0: use a number of at least 1"),
+        ({"per_device_eval_batch_size": -1}, "training.per_device_eval_batch_size is -1"),
+        ({"gradient_accumulation_steps": 0}, "training.gradient_accumulation_steps is 0"),
+        ({"dataloader_num_workers": -1}, "training.dataloader_num_workers is -1"),
+        ({"weight_decay": float("nan")}, "training.weight_decay is nan"),
+        ({"max_grad_norm": -1.0}, "training.max_grad_norm is -1.0"),
+        ({"warmup_steps": -1}, "training.warmup_steps is -1"),
+        ({"seed": -1}, "training.seed is -1"),
+        ({"eval_seed": -1}, "training.eval_seed is -1"),
+        ({"learning_rate": float("nan")}, "training.learning_rate is nan: use a number over 0"),
+        ({"learning_rate": float("inf")}, "training.learning_rate is inf"),
+        ({"learning_rate": -1e-5}, "training.learning_rate is -1e-05"),
+        ({"learning_rate": 0.0}, "training.learning_rate is 0.0"),
+        ({"num_train_epochs": 0}, "training.num_train_epochs is 0"),
+        ({"num_train_epochs": float("inf")}, "training.num_train_epochs is inf"),
+        ({"max_steps": 0}, "training.max_steps is 0: use 1 or more, or -1"),
     ],
 )
 def test_training_arguments_reject(tmp_path, given, message):
@@ -51,13 +68,17 @@ def test_training_arguments_reject(tmp_path, given, message):
         ({"text_pooling": "max"}, "model.text_pooling"),
         ({"freeze": ["texts"]}, "model.freeze: 'texts' is not one of image, text"),
         ({"logit_scale_init": 0.0}, "model.logit_scale_init is 0.0"),
-        ({"logit_scale_init": 200.0}, "over model.max_logit_scale"),
+        ({"logit_scale_init": 200.0, "max_logit_scale": 100.0}, "over model.max_logit_scale"),
         ({"max_logit_scale": float("inf")}, "model.max_logit_scale"),
     ],
 )
 def test_model_arguments_reject(given, message):
     with pytest.raises(ValueError, match=message):
         ModelArguments(**{"encoder": "some/encoder", **given})
+
+
+def test_largest_logit_scale_is_the_checkpoints_unless_given():
+    assert ModelArguments("some/encoder", logit_scale_init=200.0).max_logit_scale is None
 
 
 @pytest.mark.parametrize(

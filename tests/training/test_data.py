@@ -156,7 +156,23 @@ def test_broken_images_are_counted_once_and_fatal_over_the_share():
     assert broken.summary() == "2 of 200 images could not be read: a: bad; b: bad"
     with pytest.raises(DataError, match=r"3 of 200 .*over data.max_broken_share \(1.00%\)"):
         broken.add(["c: bad"])
+    with pytest.raises(DataError, match="3 of 200"):
+        broken.check()
     assert BrokenImages(5, 0.0).summary() == "0 of 5 images could not be read"
+
+
+def test_broken_images_of_all_ranks_are_merged():
+    ranks = [BrokenImages(total=200, max_share=0.01) for _ in range(2)]
+    ranks[0].add(["b: bad", "c: bad"])
+    ranks[1].add(["a: bad", "b: bad"])
+    gathered = ranks[0].names + ranks[1].names
+    for rank in ranks:  # 3 in all: over the share on every rank, though none met more than 2
+        with pytest.raises(DataError, match="3 of 200 .*over data.max_broken_share"):
+            rank.merge(gathered)
+        assert rank.names == ["a: bad", "b: bad", "c: bad"]
+    alone = BrokenImages(total=200, max_share=0.01)
+    alone.merge(["b: bad", "a: bad", "b: bad"])
+    assert alone.names == ["a: bad", "b: bad"]
 
 
 def test_collator_makes_tensors_and_ids():
@@ -180,9 +196,11 @@ def test_collator_makes_tensors_and_ids():
     assert batch["broken"] == ["x: bad", "y: bad"]
 
 
-def test_collator_cuts_captions_and_keeps_the_processors_padding():
+def test_collator_keeps_the_processors_length_and_padding():
     items = [{"image": Image.new("RGB", (9, 7)), "text": "a b c d e f g h", "pair_id": "1", "row": 0, "broken": []}]
-    assert PairCollator(tiny_processor("clip"), max_text_length=5)(items)["input_ids"].shape == (1, 5)
+    processor = tiny_processor("clip")
+    processor.max_text_length = 5
+    assert PairCollator(processor)(items)["input_ids"].shape == (1, 5)
     assert PairCollator(tiny_processor("siglip"))(items)["input_ids"].shape == (1, 16)
 
 

@@ -80,6 +80,62 @@ def test_command_line_replaces_sources(write):
     assert recipe.data.eval == SourceArguments("dev", limit=2)
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["photos #1", "2024", "@x", "a: b", "[old] photos", "{x", "*", "no", "1e5", "a, b", "[a]: b", "x\ty: ["],
+)
+def test_sources_on_the_command_line_are_paths_as_typed(write, path):
+    recipe = parse_recipe([write(), f"--train={path}", f"--eval={path}", f"--data.train.0={path}"])
+    assert recipe.data.train == [SourceArguments(path)]
+    assert recipe.data.eval == SourceArguments(path)
+
+
+def test_sources_on_the_command_line_as_list_and_mapping(write):
+    recipe = parse_recipe([write(), "--train", "[a, {path: 'b c', limit: 3}]", "--eval", "null"])
+    assert recipe.data.train == [SourceArguments("a"), SourceArguments("b c", limit=3)]
+    assert recipe.data.eval is None
+    assert parse_recipe([write(), "--train", "{path: b, limit: 3}"]).data.train == [SourceArguments("b", limit=3)]
+
+
+@pytest.mark.parametrize(
+    "option, expected",
+    [
+        (["--resume_from_checkpoint"], True),
+        (["--resume_from_checkpoint", "true"], True),
+        (["--resume_from_checkpoint", "false"], False),
+        (["--resume_from_checkpoint", "null"], None),
+        (["--resume_from_checkpoint", "out/checkpoint-5"], "out/checkpoint-5"),
+        (["--resume_from_checkpoint", "2024"], "2024"),
+        (["--resume_from_checkpoint", "@x: ["], "@x: ["),
+        (["--resume_from_checkpoint", "--seed", "1"], True),
+        ([], None),
+    ],
+)
+def test_resuming_from_the_last_checkpoint_or_a_path(write, option, expected):
+    assert parse_recipe([write(), *option]).training.resume_from_checkpoint == expected
+
+
+@pytest.mark.parametrize(
+    "value, expected", [("true", True), ("out/checkpoint-5", "out/checkpoint-5"), ("'true'", "true")]
+)
+def test_resuming_in_the_recipe(write, value, expected):
+    recipe = parse_recipe([write(f"{RECIPE}  resume_from_checkpoint: {value}\n")])
+    assert recipe.training.resume_from_checkpoint == expected
+
+
+@pytest.mark.parametrize(
+    "encoding, line", [("latin-1", 2), ("utf-16", 1)], ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_recipes_in_other_encodings(write, tmp_path, encoding, line):
+    write()
+    text = RECIPE.replace("some/encoder", "some/café").replace("photos.parquet", "fotos_é.parquet")
+    (tmp_path / "recipe.yaml").write_text(text, encoding=encoding)
+    with pytest.raises(RecipeError, match=f"recipe.yaml, line {line}: not UTF-8; save it as UTF-8"):
+        parse_recipe(["recipe.yaml"])
+    (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8-sig")
+    assert parse_recipe(["recipe.yaml"]).model.encoder == "some/café"
+
+
 def test_saved_recipe_holds_what_was_set_and_reads_back(write, tmp_path):
     recipe = parse_recipe([write(), "--run_name", "no", "--model.revision", "1e5", "--hub_token", "secret"])
     text = recipe.to_yaml()
@@ -113,6 +169,13 @@ def test_saved_recipe_holds_what_was_set_and_reads_back(write, tmp_path):
         ("freeze: [text]", "freeze: [text", "recipe.yaml, line 4: not valid YAML"),
         (RECIPE, "- a", "recipe.yaml: a recipe is a mapping with the keys model, data, training"),
         (RECIPE, "", "recipe.yaml: a recipe is a mapping"),
+        (RECIPE, "[" * 20_000, "recipe.yaml: nested too deeply"),
+        (RECIPE, "[a]: b", "recipe.yaml, line 1: a key must be one word"),
+        (
+            "  use_cpu: true",
+            "  per_device_train_batch_size: 0",
+            "recipe.yaml: training.per_device_train_batch_size is 0",
+        ),
     ],
 )
 def test_errors_in_the_file(write, old, new, message):
@@ -128,6 +191,12 @@ def test_errors_in_the_file(write, old, new, message):
         (["--model.fusions", "sum"], r"--model.fusions: unknown key model.fusions; did you mean fusion\?"),
         (["--data.train.0.limt", "1"], r"unknown key data.train.0.limt; did you mean limit\?"),
         (["--data.train.5.limit", "1"], "the recipe has only 2 there, counted from 0"),
+        (["--data.train.5", "x"], "the recipe has only 2 there, counted from 0"),
+        (["--data.train.path", "x"], "data.train is a list: use --train for the whole, or --data.train.0.path for its"),
+        (["--train.path", "x"], "data.train is a list: use --train for the whole, or --data.train.0.path for its"),
+        (["--crop_scale.0", "0.5"], "the recipe has only 0 there"),
+        (["--train", "{path: x, limt: 5}"], r"--train: unknown key data.train.0.limt; did you mean limit\?"),
+        (["--train", "[2024]"], "--train: data.train.0 expects a path or a mapping, not 2024"),
         (["--training.seed.x", "1"], "training.seed has no parts"),
         (["--learning_rate", "fast"], "--learning_rate: training.learning_rate expects a number, not 'fast'"),
         (["--learning_rate"], "--learning_rate: a value is missing"),

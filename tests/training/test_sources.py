@@ -7,6 +7,8 @@ import json
 import logging
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -95,6 +97,48 @@ def test_sidecar_missing_is_counted(photos, caplog):
         read_source(source)
 
 
+def test_images_without_texts_say_what_to_write(photos):
+    (photos / "a.txt").write_text("A red.")
+    with pytest.raises(
+        DataError, match="2 of 3 images without a .txt .*. Write a .txt with the captions beside each"
+    ) as e:
+        read_source(SourceArguments(str(photos)))
+    assert "image_root" not in str(e.value)
+
+
+def test_hidden_files_are_not_images_of_a_folder(photos):
+    for name in (".DS_Store.png", "._a.png", "__MACOSX/sub/a.png", ".thumbnails/a.png"):
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).write_bytes(b"no image")
+    for name in COLOURS:
+        (photos / name).with_suffix(".txt").write_text("A colour.")
+    (photos / "._a.txt").write_bytes(b"\xff")
+    pairs, report = read_source(SourceArguments(str(photos)))
+    assert set(pairs["id"]) == set(COLOURS) and report.skipped == {}
+
+
+def test_folder_below_a_hidden_one_is_read(photos):
+    hidden = photos.rename(photos.with_name(".photos"))
+    (hidden / "a.txt").write_text("A red.")
+    assert len(load_pairs(SourceArguments(str(hidden)), max_broken_share=0.9)) == 1
+
+
+def test_paths_of_windows(photos):
+    rows = [ROWS[0], ["a.png", "A red."], ["sub\\c.png", "A blue."], ["sub/c.png", "Blue."]]
+    pairs = load_pairs(SourceArguments(write_csv(photos / "x.csv", rows)))
+    assert as_dict(pairs)["sub\\c.png"] == ("sub/c.png", ["A blue.", "Blue."])
+    (photos / "sub\\d.png").write_bytes((photos / "a.png").read_bytes())  # a name that is allowed elsewhere
+    pairs = load_pairs(SourceArguments(write_csv(photos / "x.csv", [ROWS[0], ["sub\\d.png", "A red."]])))
+    assert pairs[0]["image"]["path"] == str(photos / "sub\\d.png")
+    source = SourceArguments(write_csv(photos / "x.csv", [*ROWS, ["C:\\photos\\e.png", "A red."]]))
+    with pytest.raises(DataError, match="1 of 4 images missing, named with a backslash .* Write paths with / instead"):
+        read_source(source)
+    (photos.parent / "secret.png").write_bytes(b"")
+    source = SourceArguments(write_csv(photos / "x.csv", [ROWS[0], ["..\\secret.png", "A"]]))
+    with pytest.raises(DataError, match="secret.png lies outside"):
+        read_source(source)
+
+
 def test_repeated_images_join(photos):
     rows = [ROWS[0], ROWS[1], ROWS[2], ["./a.png", "Red."], ROWS[3]]
     source = SourceArguments(write_csv(photos / "captions.csv", rows), limit=2)
@@ -165,6 +209,60 @@ def test_parquet_rows_without_image_are_counted(tmp_path):
         read_source(SourceArguments(path))
 
 
+def image_table(*images, **columns):
+    """Columns with the images as structs of bytes and path."""
+    features = {"image": datasets.Image(), "text": datasets.Value("string")}
+    columns = {"image": list(images), "text": [f"caption {row}" for row in range(len(images))], **columns}
+    return columns, datasets.Features(features)
+
+
+def write_image_parquet(path, *images):
+    # pyarrow directly: to_parquet would put the files' bytes in
+    columns, _ = image_table(*images)
+    struct = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
+    table = pyarrow.table({"image": pyarrow.array(columns["image"], struct), "text": columns["text"]})
+    pyarrow.parquet.write_table(table, path)
+    return str(path)
+
+
+def test_parquet_rows_with_a_path_alone_are_files_below_the_root(tmp_path, photos):
+    images = [
+        {"bytes": None, "path": "sub/c.png"},
+        {"bytes": png("red"), "path": "../elsewhere.png"},  # a name: the bytes are there
+        {"bytes": b"", "path": None},
+        {"bytes": b"", "path": str(photos / "b.png")},
+        {"bytes": None, "path": "sub\\gone.png"},
+    ]
+    path = write_image_parquet(photos / "x.parquet", *images)
+    pairs, report = read_source(SourceArguments(path), max_broken_share=0.4)
+    assert pairs["id"][:] == ["0", "1", "3"]
+    assert pairs["captions"][:] == [["caption 0"], ["caption 1"], ["caption 3"]]
+    assert pairs["image"][:] == [
+        {"bytes": None, "path": str(photos / "sub/c.png")},
+        images[1],
+        {"bytes": None, "path": str(photos / "b.png")},
+    ]
+    assert (report.pairs, report.captions) == (3, 3)
+    assert report.skipped == {"images missing": 1, "images missing, named with a backslash": 1}
+    elsewhere = write_image_parquet(tmp_path / "x.parquet", images[0])
+    assert load_pairs(SourceArguments(elsewhere, image_root=str(photos)))[0]["image"]["path"] == f"{photos}/sub/c.png"
+
+
+@pytest.mark.parametrize("stored", [None, b""])
+@pytest.mark.parametrize("path", ["../secret.png", "/etc/hostname"])
+def test_parquet_paths_must_not_leave_the_root(photos, stored, path):
+    good = {"bytes": png("red"), "path": None}
+    table = write_image_parquet(photos / "x.parquet", good, {"bytes": stored, "path": path})
+    with pytest.raises(DataError, match=f"x.parquet, row 1: {path} lies outside .*set image_root"):
+        read_source(SourceArguments(table), max_broken_share=1.0)
+
+
+def test_parquet_ids_that_are_not_a_number_are_empty(tmp_path):
+    columns = {"image": [png("red")] * 2, "text": ["A", "B"], "id": [1.0, float("nan")]}
+    with pytest.raises(DataError, match="x.parquet, row 1: the id is empty"):
+        read_source(SourceArguments(write_parquet(tmp_path / "x.parquet", columns)))
+
+
 def hub_table(**columns):
     return datasets.Dataset.from_dict({"image": [png("red")], "caption": ["A red."], **columns})
 
@@ -184,6 +282,28 @@ def test_hub_data_set(monkeypatch):
     assert asked == {"path": "me/photos", "name": "small", "revision": "main", "split": "test"}
     assert pairs[0]["captions"] == ["A red."]
     assert (report.revision, report.split) == (commit, "test")
+
+
+def test_hub_images_in_files_are_in_the_caches_or_below_image_root(monkeypatch, photos, tmp_path):
+    cached = tmp_path / "cache" / "a.png"
+    cached.parent.mkdir()
+    cached.write_bytes(png("red"))
+    table = [{"bytes": None, "path": str(cached)}]
+
+    def load_dataset(*args, **kwargs):
+        return datasets.Dataset.from_dict(*image_table(*table))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_pairs(SourceArguments("me/photos"))[0]["image"] == table[0]
+    table.append({"bytes": None, "path": "a.png"})
+    with pytest.raises(DataError, match="1 of 2 images missing"):
+        read_source(SourceArguments("me/photos"))
+    table[:] = [{"bytes": None, "path": "a.png"}]
+    pairs = load_pairs(SourceArguments("me/photos", image_root=str(photos)))
+    assert pairs[0]["image"]["path"] == str(photos / "a.png")
+    table[0]["path"] = str(photos / "a.png")
+    with pytest.raises(DataError, match="me/photos, row 0: .*a.png lies outside the caches of the Hub; set image_root"):
+        read_source(SourceArguments("me/photos"))
 
 
 def test_hub_errors(monkeypatch):
@@ -236,6 +356,11 @@ def test_all_images_missing_is_an_error_at_any_share(photos):
         ([ROWS[0], ["http://x/a.png", "A"]], {}, "x.csv, line 2: http://x/a.png is an address; download"),
         ([ROWS[0]], {}, "x.csv has no rows"),
         (
+            [["image", "caption", "caption"], ["a.png", "A", "B"]],
+            {},
+            "x.csv, line 1: the header has .* 'caption' twice",
+        ),
+        (
             [["image", "caption", "id"], ["a.png", "A", "1"], ["b.png", "B", "1"]],
             {},
             "x.csv, line 3: id '1' was used in .*x.csv, line 2 already",
@@ -269,6 +394,15 @@ def test_csv_cut_off_inside_quotes(photos):
         ('{"image": "a.png", "text": []}', "x.jsonl, line 1: the list of captions is empty"),
         ('{"image": "a.png", "text": null}', "x.jsonl, line 1: the caption is empty"),
         ('{"image": 3, "text": "A"}', "x.jsonl, line 1: the image is 3, not a path"),
+        (
+            '{"image": "a.png", "text": "A"}\n' * 2 + '{"image": "a.png", "text": "A \\ud83d"}',
+            r"line 3: the caption 'A \\ud83d'",
+        ),
+        ('{"image": "\\udc80.png", "text": "A"}', "x.jsonl, line 1: the path .*which is not a character"),
+        ('{"image": "a.png", "text": "A", "id": "\\udc80"}', "x.jsonl, line 1: the id .*which is not a character"),
+        ('{"image": "a.png", "text": "A", "id": NaN}', "x.jsonl, line 1: the id is empty"),
+        ('\n{"image": "a.png", "text": ' + "[" * 200_000, "x.jsonl, line 2: nested too deeply"),
+        ('{"image": "a.png", "text": "A", "id": ' + "1" * 5000 + "}", "x.jsonl, line 1: not usable JSON"),
         ("", "x.jsonl has no rows"),
     ],
 )
@@ -283,6 +417,7 @@ def test_errors_in_jsonl(photos, text, message):
     [
         ('[{"image": "a.png"', "x.json, line 1: not valid JSON"),
         ('{"image": "a.png"}', "x.json: expected a list of entries as in LLaVA-Pretrain, got dict"),
+        ("[" * 200_000, "x.json, line 1: nested too deeply"),
         ('[{"image": "a.png", "conversations": []}]', "x.json, entry 0: conversations has no turn from gpt"),
     ],
 )
@@ -290,6 +425,41 @@ def test_errors_in_json(photos, text, message):
     (photos / "x.json").write_text(text)
     with pytest.raises(DataError, match=message):
         read_source(SourceArguments(str(photos / "x.json")))
+
+
+CAFE = {
+    "x.csv": "image,caption\na.png,A red.\nb.png,Un café.\n",
+    "x.jsonl": '{"image": "a.png", "text": "A red."}\n\n{"image": "b.png", "text": "Un café."}\n',
+    "x.json": '[{"image": "a.png", "text": "A red."},\n\n{"image": "b.png", "text": "Un café."}]\n',
+}
+
+
+@pytest.mark.parametrize("name", CAFE)
+def test_text_files_with_and_without_byte_order_mark(photos, name):
+    for encoding in ("utf-8", "utf-8-sig"):
+        (photos / name).write_text(CAFE[name], encoding=encoding)
+        assert load_pairs(SourceArguments(str(photos / name)))["captions"][:] == [["A red."], ["Un café."]]
+
+
+@pytest.mark.parametrize("name", CAFE)
+@pytest.mark.parametrize("encoding, line", [("latin-1", 3), ("utf-16", 1), ("utf-16-le", 1)])
+def test_text_files_that_are_not_utf8(photos, name, encoding, line):
+    (photos / name).write_text(CAFE[name], encoding=encoding)
+    with pytest.raises(DataError, match=f"{name}, line {line}: not UTF-8; save it as UTF-8"):
+        read_source(SourceArguments(str(photos / name)))
+    (photos / name).write_text(CAFE[name].replace("é", "e"), encoding=encoding)
+    if encoding != "latin-1":
+        with pytest.raises(DataError, match=f"{name}, line 1: not UTF-8; save it as UTF-8"):
+            read_source(SourceArguments(str(photos / name)))
+
+
+def test_sidecar_texts_that_are_not_utf8(photos):
+    for name in COLOURS:
+        (photos / name).with_suffix(".txt").write_text("Un café.", encoding="utf-8-sig")
+    assert load_pairs(SourceArguments(str(photos)))["captions"][0] == ["Un café."]
+    (photos / "b.txt").write_text("A red.\nUn café.", encoding="latin-1")
+    with pytest.raises(DataError, match="b.txt, line 2: not UTF-8; save it as UTF-8"):
+        read_source(SourceArguments(str(photos)))
 
 
 @pytest.mark.parametrize(
