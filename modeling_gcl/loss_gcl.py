@@ -19,6 +19,10 @@ DENOMINATORS = ("all", "without_other_positive", "target")
 NORM_TOLERANCE = 0.01  # accepts unit rows rounded to bfloat16, also once they are cast up again (0.4 % at most)
 
 
+class NonFiniteError(FloatingPointError, ValueError):
+    """Embeddings or the scale hold NaN or infinity."""
+
+
 def gcl_loss(
     image_embeds,
     text_embeds,
@@ -65,9 +69,10 @@ def gcl_loss(
         `dict[str, torch.Tensor]` from direction to scalar.
 
     Raises:
-        ValueError: embeddings of unequal shapes or devices, an empty batch, rows that are not finite or not of unit
-            norm (within 1 %), `logit_scale` not a positive number, unknown `denominator` or direction, ids that are not
-            one per pair, or weights that are negative or all zero.
+        ValueError: embeddings of unequal shapes or devices, an empty batch, rows not of unit norm (within 1 %),
+            `logit_scale` not one positive number, unknown `denominator` or direction, ids that are not one per pair,
+            or weights that are negative or all zero.
+        NonFiniteError: embeddings or `logit_scale` hold NaN or infinity; a `ValueError` and a `FloatingPointError`.
 
     Example:
         >>> e_i, e_t = (torch.nn.functional.normalize(torch.randn(8, 16), dim=-1) for _ in range(2))
@@ -241,14 +246,16 @@ def _check_values(embeds, scale):
     norms = {name: torch.linalg.vector_norm(x.detach(), dim=-1) for name, x in embeds.items()}
     worst = torch.stack([*((x - 1).abs().amax() for x in norms.values()), scale.detach()])
     *deviations, scale = worst.tolist()
-    if not 0 < scale < math.inf:
-        raise ValueError(f"logit_scale must be positive and finite (it is 1/τ, not its logarithm), got {scale}")
+    if not math.isfinite(scale):
+        raise NonFiniteError(f"logit_scale is {scale}")
+    if scale <= 0:
+        raise ValueError(f"logit_scale must be positive (it is 1/τ, not its logarithm), got {scale}")
     for (name, x), deviation in zip(norms.items(), deviations):
         if not math.isfinite(deviation):
             rows = (~x.isfinite()).nonzero().flatten().tolist()
-            raise ValueError(
+            raise NonFiniteError(
                 f"{name} holds NaN or infinite values in {len(rows)} of {len(x)} rows, the first is row {rows[0]}: "
-                "look for an overflow in the encoder (float16?) or a learning rate too high"
+                "the encoder's weights have diverged, or its output overflowed"
             )
         if deviation > NORM_TOLERANCE:
             row = (x - 1).abs().argmax().item()

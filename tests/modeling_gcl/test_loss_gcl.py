@@ -425,7 +425,7 @@ def test_unit_rows_rounded_to_bfloat16_are_accepted():
         ({"image_embeds": torch.zeros(2, 4)}, "row 0 has norm 0"),
         ({"logit_scale": 0.0}, "logit_scale must be positive"),
         ({"logit_scale": torch.tensor(-1.0)}, "logit_scale must be positive"),
-        ({"logit_scale": torch.nan}, "logit_scale must be positive"),
+        ({"logit_scale": torch.nan}, "logit_scale is nan"),
         ({"logit_scale": torch.ones(2)}, "logit_scale must be one number"),
         ({"text_embeds": torch.empty(2, 4, device="meta")}, "on one device"),
         ({"ids": torch.empty(2, device="meta")}, "on one device"),
@@ -435,6 +435,14 @@ def test_bad_values_are_named(change, message):
     arguments = dict(zip(("image_embeds", "text_embeds", "fused_embeds"), random_embeds(2, 4))) | {"logit_scale": 1.0}
     with pytest.raises(ValueError, match=message):
         gcl_loss(**(arguments | change))
+
+
+def test_what_is_not_finite_can_be_told_from_bad_arguments():
+    embeds = random_embeds(2, 4)
+    with pytest.raises(FloatingPointError):
+        gcl_loss(embeds[0], embeds[1] * torch.nan, embeds[2], 1.0)
+    with pytest.raises(FloatingPointError):
+        gcl_loss(*embeds, torch.inf)
 
 
 def test_bad_semantic_embeds_are_named():
