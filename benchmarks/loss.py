@@ -80,7 +80,7 @@ def sentence_transformers_cached(embeds, mini_batch_size):
     from sentence_transformers.util import dot_score
 
     loss = CachedMultipleNegativesRankingLoss(
-        torch.nn.Identity(),
+        torch.nn.Sequential(torch.nn.Identity()),  # stands in for the encoder, which this stage does not call
         scale=SCALE,
         similarity_fct=dot_score,
         mini_batch_size=mini_batch_size,
