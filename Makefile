@@ -28,7 +28,7 @@ quickstart: $(VENV)/installed $(TOWERS)/model.safetensors  ## train, evaluate an
 		--num_cpu_threads_per_process $(THREADS) train.py hub_configs/quickstart.yaml
 
 test: $(VENV)/installed  ## run the whole test suite, without network and GPU
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not slow"
 
 lint: $(VENV)/installed  ## check style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -3,7 +3,7 @@
 Notable features:
 - the loss is computed on the embeddings of all ranks, with the gradient of one process on the whole batch;
 - the loss of every direction, 1/τ and the gradient norm are logged;
-- a loss that is not finite stops the run, with the step and what to change;
+- embeddings that are not finite stop the run, with the step and what to change;
 - `evaluate` runs `evaluation.pairs` instead of a loss over an eval loader.
 """
 
@@ -30,7 +30,7 @@ class GCLTrainer(Trainer):
 
     Raises:
         ValueError: several GPUs without a launcher, or fewer pairs than one batch.
-        FloatingPointError: the loss is NaN or infinite.
+        FloatingPointError: embeddings or the temperature are NaN or infinite.
     """
 
     # the loss of a micro-batch is a mean: accumulation must divide it, whatever the model's signature suggests
@@ -63,18 +63,16 @@ class GCLTrainer(Trainer):
         ids, caption_ids = inputs.pop("ids"), inputs.pop("caption_ids")
         self.broken_images.add(inputs.pop("broken"))
         output = model(**inputs, return_loss=False, return_dict=True)
-        loss, terms = self._loss(
-            *(gather_rows(output[name]) for name in ("image_embeds", "text_embeds", "fused_embeds")),
-            output.logit_scale,
-            ids=gather_rows(ids) if self.args.mask_equal_ids else None,
-            caption_ids=gather_rows(caption_ids) if self.args.mask_equal_captions else None,
-        )
-        if not torch.isfinite(loss):
+        embeds = [gather_rows(output[name]) for name in ("image_embeds", "text_embeds", "fused_embeds")]
+        ids = gather_rows(ids) if self.args.mask_equal_ids else None
+        caption_ids = gather_rows(caption_ids) if self.args.mask_equal_captions else None
+        try:
+            loss, terms = self._loss(*embeds, output.logit_scale, ids=ids, caption_ids=caption_ids)
+        except FloatingPointError as error:  # all ranks see the whole batch, so all stop
             raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1} "
-                f"(1/temperature {output.logit_scale.item():.3g}). Lower learning_rate, use bf16 instead of fp16, "
+                f"step {self.state.global_step + 1}: {error}. Lower learning_rate, use bf16 instead of fp16, "
                 "or look for broken weights in model.encoder; resume from the last checkpoint."
-            )
+            ) from error
         if model.training:
             for name, term in terms.items():
                 self._terms[f"loss_{name}".replace("->", "→")].append(term)

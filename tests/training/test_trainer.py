@@ -164,11 +164,11 @@ def test_checkpoints_hold_model_and_processor(tmp_path):
     )
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+def test_embeddings_that_are_not_finite_stop_the_run(tmp_path):
     model = GCLModel.from_encoder(tiny_encoder("clip"))
     with torch.no_grad():
         model.encoder.text_projection.weight.fill_(torch.nan)
-    with pytest.raises(FloatingPointError, match="the loss is nan at step 1 .*Lower learning_rate"):
+    with pytest.raises(FloatingPointError, match="step 1: text_embeds holds NaN .*Lower learning_rate"):
         make_trainer(tmp_path, model=model).train()
 
 
