@@ -80,6 +80,11 @@ class GCLConfig(PreTrainedConfig):
             raise ValueError(f"max_logit_scale={self.max_logit_scale!r} must be positive: it bounds 1/temperature")
         if self.logit_scale_init_value is not None and not self.logit_scale_init_value > 0:
             raise ValueError(f"logit_scale_init_value={self.logit_scale_init_value!r} must be positive: 1/temperature")
+        if (self.logit_scale_init_value or 0) > self.max_logit_scale * (1 + 1e-6):  # exp(log(100)) is 100.00001
+            raise ValueError(
+                f"logit_scale_init_value={self.logit_scale_init_value!r} is over max_logit_scale="
+                f"{self.max_logit_scale!r}: lower the one or raise the other"
+            )
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -177,7 +177,8 @@ class GCLModel(GCLPreTrainedModel):
             raise ValueError("this encoder is a GCLModel already: use it as it is")
         own_scale = getattr(encoder, "logit_scale", None)
         if isinstance(own_scale, nn.Parameter):
-            config.setdefault("logit_scale_init_value", own_scale.detach().float().exp().item())
+            bound = config.get("max_logit_scale") or GCLConfig().max_logit_scale  # SigLIP's own lies above it
+            config.setdefault("logit_scale_init_value", min(own_scale.detach().float().exp().item(), bound))
         # a copy: GCLConfig resets the attention implementation of its sub-configs, which the loaded encoder has chosen
         return cls(GCLConfig(encoder_config=copy.deepcopy(encoder.config), **config), encoder=encoder)
 

@@ -14,6 +14,7 @@ import train
 from evaluation.pairs import evaluate_pairs
 from modeling_gcl import GCLModel, GCLProcessor
 from training.arguments import SourceArguments
+from training.source_checks import SourceReport
 from training.sources import load_pairs
 
 
@@ -112,3 +113,12 @@ def test_half_precision_checkpoints_are_trained_in_float32(recipe, clip_folder, 
     )
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert processor(text=["a " * 30], return_tensors="pt")["input_ids"].shape == (1, 8)
+
+
+def test_the_card_names_hub_data_and_hides_absolute_folders():
+    hub = train.data_source(
+        SourceArguments("org/pairs", name="en", licence="cc0-1.0"), SourceReport("org/pairs", "abc123", "train", 7)
+    )
+    assert hub.on_hub and (hub.source, hub.name, hub.revision, hub.licence) == ("org/pairs", "en", "abc123", "cc0-1.0")
+    local = train.data_source(SourceArguments("/home/me/photos"), SourceReport("/home/me/photos", pairs=7))
+    assert not local.on_hub and local.source == "photos"

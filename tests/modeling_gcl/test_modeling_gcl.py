@@ -257,6 +257,8 @@ def test_unknown_backbones_and_foreign_checkpoints_are_refused(tmp_path):
     for bad in ({"fusion": "product"}, {"max_logit_scale": 0.0}, {"logit_scale_init_value": -1.0}):
         with pytest.raises(ValueError, match=f"{next(iter(bad))}=.*(is unknown|must be positive)"):
             GCLModel.from_encoder(tmp_path / "gcl", **bad)
+    with pytest.raises(ValueError, match="logit_scale_init_value=200.0 is over max_logit_scale=100.0"):
+        GCLModel.from_encoder(tiny_encoder("clip"), logit_scale_init_value=200.0)
     with pytest.raises(ValueError, match="GCLModel already"):
         GCLModel.from_encoder(GCLModel.from_encoder(tiny_encoder("clip")))
     with pytest.raises(ValueError, match="there are no means: call set_modality_means"):
