@@ -11,7 +11,6 @@ import argparse
 import json
 import platform
 import re
-import resource
 import statistics
 import subprocess
 import sys
@@ -162,21 +161,25 @@ def gemm_rate():
     return rounds * 2 * 2048 * 2048 * 512 / seconds
 
 
+def resident(which):
+    """Bytes of VmRSS (now) or VmHWM (the peak; unlike getrusage's, a parent's does not pass to its children)."""
+    return 1024 * int(re.search(rf"{which}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def measure(variant, num_pairs, dim):
     """One measurement in this process, as a dict."""
     gate(variant)  # warms up, too
     embeds = make_embeds(num_pairs, dim)
     rate_before = gemm_rate()
-    resident = 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    before = resident("VmRSS")
     steps, start = 0, time.perf_counter()
     while steps == 0 or time.perf_counter() - start < 0.5:
         variant(embeds)
         steps += 1
     seconds = (time.perf_counter() - start) / steps
-    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "seconds": seconds,
-        "bytes": max(0, peak - resident),
+        "bytes": max(0, resident("VmHWM") - before),
         "gemm_rates": [rate_before, gemm_rate()],
     }
 
