@@ -66,7 +66,8 @@ def block_logsumexp(
         negatives[a, m, j] = log Σ_{k≠j} exp(s e_a^j·e_m^k),   cosines[a, m, j] = e_a^j·e_m^j  (a < m)
 
     Cost for each block in N²D multiply-adds counted twice: 8 for a < m (it yields [a, m] and [m, a]), 4 for a = m. On
-    W processes each has 1/W of it with `half_ring`; otherwise 12 and 6 N²D/W, less what symmetry saves in its own rows.
+    W processes each has 1/W of it with `half_ring` (and for even W half an n² block more); otherwise 12 and 6 N²D/W,
+    less what symmetry saves among its own n = N/W rows.
 
     Args:
         embeds (sequence of M `torch.Tensor` of shape `(n, D)`): this process's rows, all float32 or all float64, on one
