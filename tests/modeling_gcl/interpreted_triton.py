@@ -6,12 +6,13 @@ Run by `test_triton_gcl.py` in a process of its own: TRITON_INTERPRET=1 must be 
 from itertools import combinations_with_replacement
 from types import SimpleNamespace
 
+import dense_loss
 import pytest
 import torch
 import torch.nn.functional as F
 from dense_panel import dense_sums, dense_weighted
 
-from modeling_gcl import triton_gcl
+from modeling_gcl import logsumexp_gcl, loss_gcl, triton_gcl
 
 SCALE, SHIFT = 20.0, 3.0
 
@@ -170,3 +171,45 @@ def test_labels_of_any_integer_type():
         [x.to(torch.int32) for x in y] for y in (panel.row_labels, panel.col_labels)
     )
     assert torch.equal(kernel_sums(panel), kernel_sums(narrow))
+
+
+@pytest.fixture
+def kernels_everywhere(monkeypatch):
+    """The loss takes CPU tensors to the kernels, too; counts their launches."""
+    launched = []
+    for name in ("add_sums_by_kernel", "add_weighted_by_kernel"):
+        kernel = getattr(logsumexp_gcl, name)
+        monkeypatch.setattr(
+            logsumexp_gcl, name, lambda *a, kernel=kernel, name=name: launched.append(name) or kernel(*a)
+        )
+    monkeypatch.setattr(logsumexp_gcl, "kernels_support", lambda x: x.dtype in triton_gcl.DTYPES)
+    return launched
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("loss", ["gcl_loss", "contrastive_loss", "alignclip_loss"])
+def test_losses_on_the_kernels(loss, dtype, tolerance, kernels_everywhere):
+    embeds = make_panel(rows=21, dim=12, modalities=3, dtype=dtype).rows[: 3 if loss == "gcl_loss" else 2]
+    labels = {"ids": torch.arange(21) % 15}
+
+    def results(module, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in embeds]
+        scale = torch.tensor(20.0, requires_grad=True)
+        value = getattr(module, loss)(*leaves, scale, **labels)
+        return value, torch.autograd.grad(value, (*leaves, scale))
+
+    (got, grads), (exact, exact_grads) = results(loss_gcl, dtype), results(dense_loss, torch.float64)
+    assert set(kernels_everywhere) == {"add_sums_by_kernel", "add_weighted_by_kernel"}
+    assert got.dtype == torch.float32 and got.item() == pytest.approx(exact.item(), rel=1e-5)
+    for a, b in zip(grads, exact_grads, strict=True):
+        assert (a.double() - b).norm() <= tolerance * b.norm()
+
+
+def test_a_fallback_from_half_precision(kernels_everywhere):
+    """Where the shift underflows, log-sum-exps are computed by the tiles, in float32."""
+    embeds = [x.requires_grad_() for x in make_panel(rows=9, dim=4, modalities=3, dtype=torch.bfloat16).rows]
+    loss = loss_gcl.gcl_loss(*embeds, 3000.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(dense_loss.gcl_loss(*(x.double() for x in embeds), 3000.0).item(), rel=1e-5)
+    assert "add_weighted_by_kernel" not in kernels_everywhere
+    assert all(x.grad.dtype == torch.bfloat16 and x.grad.isfinite().all() for x in embeds)
