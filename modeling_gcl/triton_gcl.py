@@ -13,8 +13,8 @@ Only a panel's rows get sums and gradients. The PyTorch tiles use a tile for its
 atomics, whose order, and so whose rounding, changes from run to run. Rows alone cost 18 + 36 = 54 N²D: each of the nine
 ordered blocks 2 for its sums and 2 + 2 for its gradient, which computes the similarities again.
 
-Not timed: the configurations are reasoned, and compiled to see that registers and shared memory suffice (`ptxas` spills
-at most 136 bytes a thread for D of 64 to 1024), but not tuned on a GPU.
+Not timed: the configurations are reasoned, and compiled to see that registers and shared memory suffice (for D of 64 to
+1024 on sm_80 and sm_90 a thread spills 136 bytes at most, 320 with semantic cosines), but not tuned on a GPU.
 """
 
 import math
@@ -36,7 +36,7 @@ LOG2_E = math.log2(math.e)  # the kernels take powers of two
 
 def supports(x):
     """Whether the kernels take tensor `x`: Triton is installed and `x` is float32, bfloat16 or float16 on an NVIDIA GPU
-    of compute capability 8.0 (Ampere) or later."""
+    of compute capability 8.0 (Ampere) or later. Not on AMD's, where nothing of this was ever compiled."""
     return (
         triton is not None
         and x.is_cuda
@@ -58,7 +58,7 @@ def add_sums(panel, scale, shift, sums):
         sums (`torch.Tensor` of shape `(M, M, R)`): float32, changed in place.
     """
     x = panel.rows[0]
-    config = _sums_config(x.dtype)
+    config = _sums_config(x.dtype, panel.row_semantic is not None)
     grid, cols_per_program = _grid(panel, config)
     for a, m in _ordered(panel):
         partial = sums.new_empty(grid[1], len(x))
@@ -113,10 +113,11 @@ class _Config(NamedTuple):
     stages: int = 3
 
 
-def _sums_config(dtype):
+def _sums_config(dtype, semantic):
     """As for a matrix product: of 128×128 similarities each of 256 threads holds 64, and three steps of D are on their
-    way through shared memory. Float32 operands are split in two to be multiplied: half a tile leaves room for them."""
-    return _Config(128, 64 if dtype == torch.float32 else 128, _step(dtype))
+    way through shared memory. Half a tile where it is not alone: float32 operands are split in two to be multiplied,
+    and semantic cosines are a second tile."""
+    return _Config(128, 64 if semantic or dtype == torch.float32 else 128, _step(dtype))
 
 
 def _gradient_config(dim, factor_dtype, hopper):
@@ -150,7 +151,7 @@ def _cdiv(a, b):
 
 def _grid(panel, config):
     """Tiles of rows × parts of the columns, and the columns of a part. Each part has its own copy of the result, to be
-    summed: `PROGRAMS` tiles of rows at most, and one part, without a copy, where the rows alone are enough."""
+    summed, so the copies together hold `PROGRAMS` tiles of rows at most; one part, where rows are many, needs none."""
     row_tiles, col_tiles = _cdiv(len(panel.rows[0]), config.rows), _cdiv(len(panel.cols[0]), config.cols)
     tiles_per_part = _cdiv(col_tiles, max(1, PROGRAMS // row_tiles))
     return (row_tiles, _cdiv(col_tiles, tiles_per_part)), tiles_per_part * config.cols
