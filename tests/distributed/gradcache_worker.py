@@ -1,0 +1,105 @@
+"""Run under torchrun or plain python: train with GradCache on several processes, plainly on one; save rank 0's weights.
+
+Argument: output file. With several processes memory also runs short, on the last rank alone, at several places.
+"""
+
+import os
+import sys
+
+import torch
+from training_runs import make_pairs, make_trainer
+
+import training.memory
+from training.arguments import GCLTrainingArguments
+
+CHECKPOINTING = (
+    "activation_checkpointing"
+    if "activation_checkpointing" in GCLTrainingArguments.__dataclass_fields__  # transformers 5.23
+    else "gradient_checkpointing"
+)
+# the settings, and at which call of which part (over all steps) the last rank runs out of memory. Each of the two steps
+# of one rank embeds 2 micro-batches of 3 chunks: 0-4 without a graph, 5 with one, 6-10 again; 6 times backward
+CASES = {
+    "gcl": ({}, None),
+    "cl": ({"loss": "cl"}, None),
+    "alignclip": ({"loss": "alignclip"}, None),
+    "weighted": ({"direction_weights": {"i->t": 2.0, "t->it": 0.5}, "denominator": "without_other_positive"}, None),
+    "short in the first chunk": ({}, ("embed", 0)),
+    "short where a graph is kept": ({}, ("embed", 5)),
+    "short in backward": ({}, ("backward", 3)),
+    # without a search for unused parameters DistributedDataParallel rebuilds its buckets in the second step
+    "short in the second step": ({CHECKPOINTING: True}, ("embed", 11)),
+    "short where a graph is kept, in the second step": ({CHECKPOINTING: True}, ("embed", 16)),
+}
+
+
+def build(processes, chunk=2, **settings):
+    several = {"per_device_train_batch_size": 12 // processes, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+    batch = several | {"grad_cache_chunk": chunk} if processes > 1 else {"per_device_train_batch_size": 24}
+    return make_trainer("unused", make_pairs(48), num_train_epochs=1, **(batch | settings))
+
+
+def run_short(trainer, part, calls):
+    """Let the last rank's `part` fail at these calls."""
+    inner, seen = getattr(trainer.grad_cache, part), []
+
+    def outer(*args):
+        seen.append(None)
+        if trainer.args.process_index == trainer.args.world_size - 1 and len(seen) - 1 in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return inner(*args)
+
+    setattr(trainer.grad_cache, part, outer)
+
+
+def main(out):
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    results = {}
+    for name, (settings, shortage) in CASES.items():
+        trainer = build(processes, **settings)
+        assert trainer.args.world_size == processes
+        if shortage is not None and processes > 1:
+            run_short(trainer, shortage[0], {shortage[1]})
+        trainer.train()
+        assert trainer.state.global_step == 2
+        assert trainer.grad_cache.chunk_size == (None if processes == 1 else 2 if shortage is None else 1), name
+        results[name] = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        results[name]["loss"] = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    if processes > 1:
+        check_errors(processes)
+    if trainer.is_world_process_zero():
+        torch.save(results, out)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def check_errors(processes):
+    """What stops every rank, with the same message."""
+    trainer = build(processes)
+    trainer.grad_cache.chunk_size -= trainer.args.process_index
+    expect(ValueError, "different numbers of chunks", trainer.train)
+    trainer = build(processes)
+    run_short(trainer, "embed", range(100))
+    expect(MemoryError, "with chunks of 1 pairs", trainer.train)
+    # memory at hand differs: the smallest decides for all
+    real = training.memory.available_memory
+    rank = trainer.args.process_index
+    training.memory.available_memory = lambda device: 10**9 if rank == 0 else 6_200_000
+    trainer = build(processes, chunk=None, gradient_accumulation_steps=1, effective_batch_size=48)
+    training.memory.available_memory = real
+    chunks = trainer._exchange(trainer.args.grad_cache_chunk)
+    assert len(set(chunks)) == 1 and trainer._exchange(trainer.args.gradient_accumulation_steps) == [4] * processes
+    assert 1 <= chunks[0] < 6, chunks
+
+
+def expect(kind, message, call):
+    try:
+        call()
+    except kind as error:
+        assert message in str(error), error
+    else:
+        raise AssertionError(f"{kind.__name__} with {message!r} was not raised")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
