@@ -117,9 +117,13 @@ class GradCache:
                 states.append(RandomState(self.device))
                 with torch.no_grad():
                     cached.append(self.embed(model, chunk.inputs()))
+            inputs = chunks[-1].inputs()
+        # DistributedDataParallel rebuilds its buckets, together, once, when a forward pass with a graph begins: no
+        # process may have stopped before that
         with self._surviving(), self.measure("encoder"):
             with self.no_sync(model) if cached else nullcontext():
-                kept = [self.embed(model, chunks[-1].inputs())]
+                kept = [self.embed(model, inputs)]
+        del inputs
         cached.append(tuple(output.detach() for output in kept[0]))
         end = RandomState(self.device)
 

@@ -5,11 +5,11 @@ Argument: output file. With several processes memory also runs short, on the las
 
 import os
 import sys
+from unittest import mock
 
 import torch
 from training_runs import make_pairs, make_trainer
 
-import training.memory
 from training.arguments import GCLTrainingArguments
 
 CHECKPOINTING = (
@@ -17,19 +17,19 @@ CHECKPOINTING = (
     if "activation_checkpointing" in GCLTrainingArguments.__dataclass_fields__  # transformers 5.23
     else "gradient_checkpointing"
 )
-# the settings, and at which call of which part (over all steps) the last rank runs out of memory. Each of the two steps
-# of one rank embeds 2 micro-batches of 3 chunks: 0-4 without a graph, 5 with one, 6-10 again; 6 times backward
+# the settings, and at which call of the model or of backward (over all steps) the last rank runs out of memory. In each
+# of the two steps a rank embeds 2 micro-batches of 3 chunks: 0-4 without a graph, 5 with one, 6-10 again; 6 backwards
 CASES = {
     "gcl": ({}, None),
     "cl": ({"loss": "cl"}, None),
     "alignclip": ({"loss": "alignclip"}, None),
     "weighted": ({"direction_weights": {"i->t": 2.0, "t->it": 0.5}, "denominator": "without_other_positive"}, None),
-    "short in the first chunk": ({}, ("embed", 0)),
-    "short where a graph is kept": ({}, ("embed", 5)),
+    "short in the first chunk": ({}, ("model", 0)),
+    "short where a graph is kept": ({}, ("model", 5)),
     "short in backward": ({}, ("backward", 3)),
     # without a search for unused parameters DistributedDataParallel rebuilds its buckets in the second step
-    "short in the second step": ({CHECKPOINTING: True}, ("embed", 11)),
-    "short where a graph is kept, in the second step": ({CHECKPOINTING: True}, ("embed", 16)),
+    "short in the second step": ({CHECKPOINTING: True}, ("model", 11)),
+    "short where a graph is kept, in the second step": ({CHECKPOINTING: True}, ("model", 16)),
 }
 
 
@@ -40,16 +40,17 @@ def build(processes, chunk=2, **settings):
 
 
 def run_short(trainer, part, calls):
-    """Let the last rank's `part` fail at these calls."""
-    inner, seen = getattr(trainer.grad_cache, part), []
+    """Let the last rank's model or backward fail at these calls; the model inside, as it would in earnest."""
+    owner, name = (trainer.model, "get_image_features") if part == "model" else (trainer.grad_cache, "backward")
+    inner, seen = getattr(owner, name), []
 
-    def outer(*args):
+    def outer(*args, **kwargs):
         seen.append(None)
         if trainer.args.process_index == trainer.args.world_size - 1 and len(seen) - 1 in calls:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return inner(*args)
+        return inner(*args, **kwargs)
 
-    setattr(trainer.grad_cache, part, outer)
+    setattr(owner, name, outer)
 
 
 def main(out):
@@ -79,17 +80,13 @@ def check_errors(processes):
     trainer.grad_cache.chunk_size -= trainer.args.process_index
     expect(ValueError, "different numbers of chunks", trainer.train)
     trainer = build(processes)
-    run_short(trainer, "embed", range(100))
+    run_short(trainer, "model", range(100))
     expect(MemoryError, "with chunks of 1 pairs", trainer.train)
-    # memory at hand differs: the smallest decides for all
-    real = training.memory.available_memory
-    rank = trainer.args.process_index
-    training.memory.available_memory = lambda device: 10**9 if rank == 0 else 6_200_000
-    trainer = build(processes, chunk=None, gradient_accumulation_steps=1, effective_batch_size=48)
-    training.memory.available_memory = real
-    chunks = trainer._exchange(trainer.args.grad_cache_chunk)
-    assert len(set(chunks)) == 1 and trainer._exchange(trainer.args.gradient_accumulation_steps) == [4] * processes
-    assert 1 <= chunks[0] < 6, chunks
+    # where the memory at hand differs, the smallest decides for all
+    here = 4 if trainer.args.process_index == 0 else 2
+    with mock.patch("training.memory.chunk_that_fits", lambda *figures: here):
+        trainer = build(processes, chunk=None, gradient_accumulation_steps=1, effective_batch_size=48)
+    assert (trainer.args.gradient_accumulation_steps, trainer.batch_plan.chunk) == (4, 2)
 
 
 def expect(kind, message, call):

@@ -17,7 +17,7 @@ def launch(processes, out):
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     run = subprocess.run(
         [*command, str(ROOT / "tests" / "distributed" / "gradcache_worker.py"), str(out)],
-        cwd=out.parent, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=out.parent, env=environment, capture_output=True, text=True, timeout=150,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-6000:]
     return torch.load(out, weights_only=True)
