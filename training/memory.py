@@ -84,7 +84,7 @@ def available_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class PairMemory:
-    """Bytes of a training step on n pairs at once: `constant + n * per_pair`, the gradients of the parameters included.
+    """Bytes of forward and backward on n pairs at once: `constant + n * per_pair`, beside the parameters' gradients.
     `inputs` bytes of a pair are the model's inputs, `dim` is the width of its embeddings."""
 
     per_pair: float
@@ -95,11 +95,11 @@ class PairMemory:
 
 def measure_pair_memory(embed, model, inputs: dict) -> PairMemory:
     """
-    Embed few pairs, with gradient, at two sizes of the batch; leaves model, gradients and random numbers as they were.
+    Embed few pairs, with gradient, at two sizes of the batch; leaves the model and the random numbers as they were.
 
     Args:
         embed (`Callable`): as for `GradCache`.
-        model (`torch.nn.Module`): without gradients; in the mode that it trains in.
+        model (`torch.nn.Module`): in the mode that it trains in.
         inputs (`dict[str, torch.Tensor]`): of at least one pair, on the model's device.
     """
     num_pairs = len(next(iter(inputs.values())))
@@ -107,38 +107,50 @@ def measure_pair_memory(embed, model, inputs: dict) -> PairMemory:
     devices = {parameter.device for parameter in model.parameters()}
     states = [RandomState(device) for device in devices]
     existing = [*model.parameters(), *model.buffers(), *inputs.values()]
+    small = _small_parameters(model)
     dims = []
 
     def peak(n):
         def run():
             outputs = embed(model, {name: values[:n] for name, values in inputs.items()})
-            sum(output.float().sum() for output in outputs if output.requires_grad).backward()
+            total = sum(output.float().sum() for output in outputs if output.requires_grad)
+            torch.autograd.grad(total, small, allow_unused=True)
             dims.append(outputs[0].shape[-1])
 
-        bytes_ = count_peak(run, existing)
-        model.zero_grad()
-        return bytes_
+        return count_peak(run, existing)
 
     large = peak(num_pairs)
-    small = peak(num_pairs // 2) if num_pairs > 1 else 0
+    half = peak(num_pairs // 2) if num_pairs > 1 else 0
     for buffer, before in zip(model.buffers(), buffers):
         buffer.copy_(before)
     for state in states:
         state.restore()
-    per_pair = max(1.0, (large - small) / (num_pairs - num_pairs // 2))
+    per_pair = max(1.0, (large - half) / (num_pairs - num_pairs // 2))
     of_inputs = sum(values.numel() * values.element_size() for values in inputs.values()) / num_pairs
     return PairMemory(per_pair, max(0.0, large - num_pairs * per_pair), of_inputs, dims[0])
 
 
+def _small_parameters(model):
+    """Biases, norms and adapters: going back to them passes every layer, but makes no gradient as large as a weight,
+    which on few pairs would outweigh the activations that are to be counted."""
+    room = sum(p.numel() for p in model.parameters()) // 64
+    small = []
+    for parameter in sorted((p for p in model.parameters() if p.requires_grad), key=torch.Tensor.numel):
+        room -= parameter.numel()
+        if room >= 0 or parameter.ndim <= 1 or not small:
+            small.append(parameter)
+    return small
+
+
 def fixed_memory(model, device: torch.device, pair: PairMemory, local_pairs: int, all_pairs: int) -> float:
-    """Bytes that a GradCache step takes whatever the chunk: what is not allocated yet of weights, AdamW's state and
-    DistributedDataParallel's buckets, the batch itself, its embeddings and what the loss makes of them."""
+    """Bytes that a GradCache step takes whatever the chunk: what is not allocated yet of weights, gradients, AdamW's
+    state and DistributedDataParallel's buckets, the batch itself, its embeddings and what the loss makes of them."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     absent = sum(p.numel() * p.element_size() for p in model.parameters() if p.device.type != device.type)
     buckets = trained if all_pairs > local_pairs else 0
     # three modalities in float32: gathered, their gradient, and one copy of each
     embeds = 3 * 4 * pair.dim * 4 * all_pairs
-    return absent + 2 * trained + buckets + pair.constant + pair.inputs * local_pairs + embeds
+    return absent + 3 * trained + buckets + pair.constant + pair.inputs * local_pairs + embeds
 
 
 def chunk_that_fits(budget: float, fixed: float, per_pair: float) -> int:

@@ -25,9 +25,10 @@ def launch(processes, out):
 
 def test_two_processes_in_chunks_train_as_one_without_also_after_a_shortage_of_memory(tmp_path):
     one, two = launch(1, tmp_path / "one.pt"), launch(2, tmp_path / "two.pt")
-    assert one.keys() == two.keys()
-    for case, parameters in one.items():
+    assert one.keys() < two.keys() and len(two) == 8
+    for case, parameters in two.items():
+        expected = one.get(case, one["gcl"])  # a shortage of memory changes nothing
         for name, parameter in parameters.items():
             torch.testing.assert_close(
-                two[case][name], parameter, atol=1e-5, rtol=1e-4, msg=lambda m, at=(case, name): f"{at}: {m}"
+                parameter, expected[name], atol=1e-5, rtol=1e-4, msg=lambda m, at=(case, name): f"{at}: {m}"
             )
