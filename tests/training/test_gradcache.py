@@ -435,16 +435,15 @@ def test_nothing_of_the_failed_attempt_stays_in_memory():
     seen = []
 
     def embed(model, inputs):
-        image, text, scale = model(**inputs)
         seen.append(len(alive))
-        if len(seen) == 4:
-            raise torch.OutOfMemoryError("out of memory")
+        image, text, scale = model(**inputs)
         return Big.apply(image), text, scale
 
     cache = grad_cache(4)
     cache.embed = embed
+    cache.loss = Failing(cache.loss, {0})  # while the graph of the last chunk is alive
     cache.step(toy(), [toy_batch(12)])
-    assert seen[4] == 0
+    assert seen[:4] == [0, 0, 0, 0] and max(seen) == 1
 
 
 def test_chunk_counts_that_differ_between_processes_are_an_error_on_each():
@@ -487,6 +486,24 @@ def test_the_trainer_recovers_from_a_shortage_of_memory(tmp_path):
     assert disturbed.batch_plan.chunk == 3
     for name, parameter in undisturbed.model.named_parameters():
         assert torch.equal(dict(disturbed.model.named_parameters())[name], parameter), name
+
+
+def test_the_batches_of_the_last_step_are_free_before_the_next_are_fetched(tmp_path):
+    trainer = make_trainer(
+        tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=3, grad_cache_chunk=4, num_train_epochs=1
+    )
+    inner, lists = trainer.get_batch_samples, []
+
+    def spied(*args):
+        result = inner(*args)
+        lists.append([len(batches) for batches in [*(fetched for fetched, _ in kept), result[0]]])
+        kept.append(result)
+        return result
+
+    kept = []
+    trainer.get_batch_samples = spied
+    trainer.train()
+    assert lists == [[3], [0, 3]]
 
 
 def test_random_states_are_those_of_the_cpu_here():
