@@ -366,7 +366,7 @@ class Failing:
     def __call__(self, *args):
         self.calls += 1
         if self.calls - 1 in self.at:
-            raise self.error
+            raise type(self.error)(*self.error.args)  # a new one: it will hold the frames it came through
         return self.call(*args)
 
 
