@@ -29,8 +29,8 @@ from training.trainer import GCLTrainer, headline_metrics
 
 CARD_ARGUMENTS = (
     "loss", "denominator", "intra_modality", "direction_weights", "num_train_epochs", "per_device_train_batch_size",
-    "world_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
-    "max_grad_norm", "bf16", "fp16",
+    "world_size", "gradient_accumulation_steps", "grad_cache_chunk", "effective_batch_size",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16",
 )  # fmt: skip
 
 
@@ -95,6 +95,7 @@ def main(argv):
     arguments = recipe.training
     if trainer.is_world_process_zero():
         print(parameter_table(trainer.model))
+        print(f"batch: {trainer.batch_plan.line()}")
         for report in train_reports:
             print(f"train: {report.line()}")
         if eval_report is not None:
@@ -112,7 +113,7 @@ def main(argv):
             trainer.processing_class.save_pretrained(folder)
         broken_images = trainer.gather_broken_images()
         after = evaluate(trainer) if evaluated else None
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         stop(error)
     if trainer.is_world_process_zero():
         results = write_results(
