@@ -19,6 +19,8 @@ from modeling_gcl import alignclip_loss, contrastive_loss, gcl_loss
 from .callbacks import BrokenImagesCallback, DataEpochCallback, LogitScaleCallback
 from .data import BrokenImages
 from .distributed import RowShardedEncoder, gather_rows
+from .parallelism import check_parallelism
+from .sharding import SavedClassCallback, prepare_sharding, whole_parameters
 
 
 class GCLTrainer(Trainer):
@@ -38,11 +40,8 @@ class GCLTrainer(Trainer):
 
     def __init__(self, *args, max_broken_share=0.01, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs are visible to one process. Launch one process per GPU: "
-                f"accelerate launch --num_processes {self.args.n_gpu} train.py ... (or set CUDA_VISIBLE_DEVICES=0)"
-            )
+        check_parallelism(self.args, self.accelerator)
+        prepare_sharding(self.model, self.accelerator)
         if (
             self.train_dataset is not None
             and len(self.train_dataset) < self.args.train_batch_size * self.args.world_size
@@ -56,6 +55,7 @@ class GCLTrainer(Trainer):
         self._terms = defaultdict(list)  # since the last log entry
         self.add_callback(DataEpochCallback)
         self.add_callback(LogitScaleCallback)
+        self.add_callback(SavedClassCallback)
         self.add_callback(BrokenImagesCallback(self))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -123,13 +123,14 @@ class GCLTrainer(Trainer):
         """[`PairEmbeddings`] of the evaluation pairs, embedded by all processes together."""
         pairs = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model)
-        return embed_pairs(
-            RowShardedEncoder(model),
-            self.processing_class,
-            pairs,
-            batch_size=self.args.per_device_eval_batch_size,
-            show_progress=not self.args.disable_tqdm,
-        )
+        with whole_parameters(model, self.accelerator):
+            return embed_pairs(
+                RowShardedEncoder(model),
+                self.processing_class,
+                pairs,
+                batch_size=self.args.per_device_eval_batch_size,
+                show_progress=not self.args.disable_tqdm,
+            )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The nine-way evaluation; logs and returns its headline, mixed and gap figures under `metric_key_prefix`."""
