@@ -51,7 +51,12 @@ def command_line():
     """The command that started this run, as a user would type it again, without secrets."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     launcher = "accelerate launch " if "ACCELERATE_MIXED_PRECISION" in os.environ else "python "
-    launcher += f"--multi_gpu --num_processes {processes} " if processes > 1 else ""
+    if processes > 1:
+        sharding = [
+            name for name in ("fsdp", "deepspeed") if os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true"
+        ]
+        kind = f"use_{sharding[0]}" if sharding else "multi_gpu"
+        launcher += f"--{kind} --num_processes {processes} "
     words = list(sys.argv)
     for place, word in enumerate(words):
         name, is_assignment, _ = word.partition("=")

@@ -256,7 +256,7 @@ class GCLTrainingArguments(TrainingArguments):
             `per_device_train_batch_size` pairs.
         half_ring (`bool`, *optional*, defaults to `False`):
             Of several processes: pass embeddings from neighbour to neighbour instead of gathering all on each, when
-            the embeddings of the whole batch (36 kB a pair for 512 dimensions, gradients included) don't fit.
+            the embeddings of the whole batch (6 kB a pair for 512 dimensions) don't fit.
 
         > Evaluation of pairs
 

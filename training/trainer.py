@@ -27,6 +27,8 @@ from .data import BrokenImages
 from .distributed import Processes, RowShardedEncoder
 from .gradcache import GradCache
 from .memory import fit_chunk
+from .parallelism import check_parallelism
+from .sharding import SavedClassCallback, prepare_sharding, whole_parameters
 from .step_timer import StepTimer, StepTimerCallback
 
 logger = logging.getLogger(__name__)
@@ -54,11 +56,8 @@ class GCLTrainer(Trainer):
 
     def __init__(self, *args, max_broken_share=0.01, **kwargs):
         super().__init__(*args, **kwargs)
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs are visible to one process. Launch one process per GPU: "
-                f"accelerate launch --num_processes {self.args.n_gpu} train.py ... (or set CUDA_VISIBLE_DEVICES=0)"
-            )
+        check_parallelism(self.args, self.accelerator)
+        prepare_sharding(self.model, self.accelerator)
         if (
             self.train_dataset is not None
             and len(self.train_dataset) < self.args.train_batch_size * self.args.world_size
@@ -83,6 +82,7 @@ class GCLTrainer(Trainer):
         self.add_callback(DataEpochCallback)
         self.add_callback(LogitScaleCallback)
         self.add_callback(StepTimerCallback(self.timer))
+        self.add_callback(SavedClassCallback)
         self.add_callback(BrokenImagesCallback(self))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -297,13 +297,14 @@ class GCLTrainer(Trainer):
         """[`PairEmbeddings`] of the evaluation pairs, embedded by all processes together."""
         pairs = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model)
-        return embed_pairs(
-            RowShardedEncoder(model),
-            self.processing_class,
-            pairs,
-            batch_size=self.args.per_device_eval_batch_size,
-            show_progress=not self.args.disable_tqdm,
-        )
+        with whole_parameters(model, self.accelerator):
+            return embed_pairs(
+                RowShardedEncoder(model),
+                self.processing_class,
+                pairs,
+                batch_size=self.args.per_device_eval_batch_size,
+                show_progress=not self.args.disable_tqdm,
+            )
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The nine-way evaluation; logs and returns its headline, mixed and gap figures under `metric_key_prefix`."""

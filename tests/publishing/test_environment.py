@@ -50,3 +50,16 @@ def test_secrets_stay_out_of_the_command(monkeypatch):
     assert command_line().endswith("train.py r.yaml '--hub_token=***' --seed 1")
     monkeypatch.setattr(sys, "argv", ["train.py", "r.yaml", "--training.hub-token=hf_abc", "--seed", "1"])
     assert "hf_abc" not in command_line() and command_line().endswith("--seed 1")
+
+
+def test_the_command_names_its_launcher(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "r.yaml"])
+    for variables, launcher in [
+        ({}, "python "),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch "),
+        ({"WORLD_SIZE": "2"}, "accelerate launch --multi_gpu --num_processes 2 "),
+        ({"ACCELERATE_USE_FSDP": "true"}, "accelerate launch --use_fsdp --num_processes 2 "),
+    ]:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert command_line() == launcher + "train.py r.yaml"
