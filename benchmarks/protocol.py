@@ -23,10 +23,9 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from publishing.environment import collect_environment, command_line  # noqa: E402
+from publishing.environment import collect_environment, command_line
 
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "benchmarks"
 TOLERANCE = 0.1  # between the two calibrations around a measurement
 ATTEMPTS = 4  # at one measurement, before its round does without it
@@ -36,7 +35,7 @@ PEERS = ("sentence-transformers", "simplejpeg", "memeff", "inf-cl")
 # in the worker
 
 
-def measure(step, *, device="cpu", at_least=0.5, warm_up=None):
+def measure(step, *, device="cpu", at_least=0.5, steps=None, warm_up=None):
     """
     Time and memory of `step()`, called again until `at_least` seconds have passed.
 
@@ -44,6 +43,7 @@ def measure(step, *, device="cpu", at_least=0.5, warm_up=None):
         step (callable): what is measured; its arguments exist already, and their memory isn't counted.
         device (`str`): `"cpu"`, or `"cuda"`: then timed by CUDA events.
         at_least (`float`): seconds.
+        steps (`int`, *optional*): call it exactly so often instead; several processes must agree.
         warm_up (callable, *optional*): called once before; on CPU a small problem that loads code is enough, on CUDA
             the step itself, since kernels are tuned to their shapes.
 
@@ -55,12 +55,11 @@ def measure(step, *, device="cpu", at_least=0.5, warm_up=None):
         warm_up()
     rate = gemm_rate(device)
     before = start_of_memory(device)
-    seconds, steps = 0.0, 0
-    while steps == 0 or seconds < at_least:
-        seconds += _timed(step, device)
-        steps += 1
+    times = []
+    while len(times) < (steps or 1) or (steps is None and sum(times) < at_least):
+        times.append(_timed(step, device))
     peak = peak_of_memory(device)
-    return {"seconds": seconds / steps, "bytes": max(0, peak - before), "gemm_rates": [rate, gemm_rate(device)]}
+    return {"seconds": statistics.mean(times), "bytes": max(0, peak - before), "gemm_rates": [rate, gemm_rate(device)]}
 
 
 def _timed(step, device):
@@ -168,21 +167,21 @@ def measure_rounds(measure_one, names, rounds, attempts=ATTEMPTS):
     return series
 
 
-def summarise(series, reference=None, flops=None):
+def summarise(series, references=None, flops=None):
     """
     One row of results from one variant's series of `measure_rounds`.
 
     Args:
         series (`list[dict]`): one entry per round.
-        reference (`list[dict]`, *optional*): the series of the variant that ratios refer to.
+        references (`dict[str, list[dict]]`, *optional*): name → series of the variants that ratios refer to.
         flops (`float`, *optional*): of the ideal computation.
 
     Returns:
         `dict`: `rounds`, `kept`, `dropped` (measurements), then, where any was kept, `{median, min, max}` of each of
         `seconds`, `bytes` and every further figure of the measurements; `gemm_rate`; with `flops` `to_gemm`: seconds by
-        those of as many flops at the calibration's rate; with `reference` `ratio`: over the rounds in which both were
-        kept, this variant's seconds by the reference's (neighbours in time, so drift cancels), and
-        `ratio_of_medians`.
+        those of as many flops at the calibration's rate; `ratio_to`: for each reference `{median, min, max}`, over the
+        rounds in which both were kept, of this variant's seconds by the reference's (neighbours in time, so drift
+        cancels), and `of_medians`.
     """
     kept = [entry for entry in series if "seconds" in entry]
     row = {"rounds": len(series), "kept": len(kept), "dropped": sum(entry["dropped"] for entry in series)}
@@ -193,12 +192,13 @@ def summarise(series, reference=None, flops=None):
     row["gemm_rate"] = spread(rates)
     if flops is not None:
         row["to_gemm"] = spread([entry["seconds"] * rate / flops for entry, rate in zip(kept, rates)])
-    if reference is not None:
-        both = [(a, b) for a, b in zip(series, reference) if "seconds" in a and "seconds" in b]
+    for name, reference in (references or {}).items():
+        both = [(own, other) for own, other in zip(series, reference) if "seconds" in own and "seconds" in other]
         if both:
-            row["ratio"] = spread([a["seconds"] / b["seconds"] for a, b in both])
-            of_reference = statistics.median(entry["seconds"] for entry in reference if "seconds" in entry)
-            row["ratio_of_medians"] = row["seconds"]["median"] / of_reference
+            ratio = spread([own["seconds"] / other["seconds"] for own, other in both])
+            of_reference = statistics.median(other["seconds"] for other in reference if "seconds" in other)
+            ratio["of_medians"] = row["seconds"]["median"] / of_reference
+            row.setdefault("ratio_to", {})[name] = ratio
     return row
 
 

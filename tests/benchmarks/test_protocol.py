@@ -40,14 +40,14 @@ def test_ratios_are_taken_within_a_round():
     """A machine that slows down twofold per round moves medians; the ratio of neighbours stays."""
     slow = [entry(3.0 * 2**i, dropped=0) for i in range(3)]
     fast = [entry(1.0 * 2**i, dropped=0) for i in range(3)]
-    row = summarise(slow, fast, flops=2e9)
-    assert row["ratio"] == {"median": 3, "min": 3, "max": 3} and row["ratio_of_medians"] == 3
+    row = summarise(slow, {"fast": fast}, flops=2e9)
+    assert row["ratio_to"] == {"fast": {"median": 3, "min": 3, "max": 3, "of_medians": 3}}
     assert row["seconds"] == {"median": 6, "min": 3, "max": 12}
     assert row["to_gemm"]["median"] == 6 * 1e9 / 2e9
     fast[1] = {"dropped": 4}
-    row = summarise(slow, fast)
-    assert row["ratio"]["median"] == 3 and row["ratio_of_medians"] == 6 / 2.5  # that is why
-    assert "ratio" not in summarise(slow, [{"dropped": 4}] * 3)
+    row = summarise(slow, {"fast": fast})
+    assert row["ratio_to"]["fast"]["median"] == 3 and row["ratio_to"]["fast"]["of_medians"] == 6 / 2.5  # that is why
+    assert "ratio_to" not in summarise(slow, {"fast": [{"dropped": 4}] * 3})
 
 
 def test_measure_sees_time_and_the_peak_of_memory():
@@ -58,6 +58,9 @@ def test_measure_sees_time_and_the_peak_of_memory():
     assert 2**26 <= result["bytes"] < 1.3 * 2**26
     assert 0 < result["seconds"] < 5 and steady(result | {"gemm_rates": [result["gemm_rates"][0]] * 2})
     assert measure(lambda: None, at_least=0)["bytes"] < 2**22  # the peak before it does not count
+    calls = []
+    measure(lambda: calls.append(1), steps=3)
+    assert len(calls) == 3
 
 
 def test_workers_answer_with_json_or_stop_the_benchmark(tmp_path):
