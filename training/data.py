@@ -65,6 +65,7 @@ class PairDataset(torch.utils.data.Dataset):
         self.seed = seed
         self.preprocessing = preprocessing
         self.sizes = [len(source) for source in self.sources]
+        self._ends = np.cumsum(self.sizes)
         for name, size in zip(self.names, self.sizes):
             if size == 0:
                 raise DataError(f"{name} has no pairs")
@@ -94,9 +95,9 @@ class PairDataset(torch.utils.data.Dataset):
         """One item. An unreadable image is replaced by the next readable pair of its source.
 
         Returns:
-            {"image": PIL RGB (with `preprocessing`: what its `resize` returns), "text": str, "pair_id": str, "row": int (in
-            its source), "broken": list of str, one "source, pair id: what is wrong" for each image that could not be
-            read on the way}.
+            {"image": PIL RGB (with `preprocessing`: what its `resize` returns), "text": str, "pair_id": str, "row": int
+            (in its source), "broken": list of str, one "source, pair id: what is wrong" for each image that could not
+            be read on the way}.
 
         Raises:
             DataError: when 100 images in a row can't be read.
@@ -129,9 +130,8 @@ class PairDataset(torch.utils.data.Dataset):
     def _locate(self, index: int, epoch: int) -> tuple[int, int]:
         """Source and row of an item."""
         if self.draws is None:
-            ends = np.cumsum(self.sizes)
-            source = int(np.searchsorted(ends, index, side="right"))
-            return source, int(index - (ends[source] - self.sizes[source]))
+            source = int(np.searchsorted(self._ends, index, side="right"))
+            return source, int(index - (self._ends[source] - self.sizes[source]))
         if self._plan is None or self._plan[0] != epoch:
             self._plan = (epoch, *epoch_plan(self.sizes, self.draws, self.seed, epoch))
         return int(self._plan[1][index]), int(self._plan[2][index])
