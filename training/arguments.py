@@ -326,6 +326,7 @@ class GCLTrainingArguments(TrainingArguments):
     save_total_limit: int | None = 2
     dataloader_num_workers: int | None = None
     dataloader_persistent_workers: bool = True
+    dataloader_pin_memory: bool = True
     dataloader_drop_last: bool = True
     eval_on_start: bool = True
     remove_unused_columns: bool = False

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from backbones import tiny_processor
+from backbones import random_image, tiny_processor
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -215,9 +215,13 @@ def fast(name="clip"):
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 @pytest.mark.parametrize("format", ["PNG", "JPEG"])
-def test_fast_batches_are_the_processors_but_for_a_grey_level(name, format):
+def test_fast_batches_are_the_processors_but_for_grey_levels(name, format):
     processor, preprocessing = fast(name)
-    pairs = make_pairs(6, broken=(2,), format=format)
+    pairs = make_pairs(6, broken=(2,))
+    for row in (0, 1, 3, 4, 5):
+        stream = io.BytesIO()
+        random_image(row, (61, 90)).save(stream, format)
+        pairs[row]["image"]["bytes"] = stream.getvalue()
     kwargs = {"crop_scale": (0.3, 1.0), "horizontal_flip": True, "seed": 4}
     plain, quick = PairDataset([pairs], **kwargs), PairDataset([pairs], preprocessing=preprocessing, **kwargs)
     expected = PairCollator(processor)([plain[index] for index in range(6)])
@@ -228,7 +232,7 @@ def test_fast_batches_are_the_processors_but_for_a_grey_level(name, format):
         assert torch.equal(found[key], expected[key]) and found[key].dtype == expected[key].dtype
     assert found["pixel_values"].dtype == torch.float32
     difference = (found["pixel_values"] - expected["pixel_values"]) / preprocessing.factor
-    assert difference.abs().max() <= 1.01
+    assert difference.abs().max() < 2.1 and difference.abs().mean() < 0.1
     raw = PairCollator(processor, preprocessing, normalize=False)(items)["pixel_values"]
     assert raw.dtype == torch.uint8 and torch.equal(preprocessing.normalize(raw), found["pixel_values"])
 

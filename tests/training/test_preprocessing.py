@@ -167,6 +167,17 @@ def test_a_subclass_that_computes_otherwise_is_found_out(override):
         TensorPreprocessing.from_processor(Other())
 
 
+def test_a_single_value_that_differs_much_is_found_out():
+    class Other(CLIPImageProcessorPil):
+        def normalize(self, image, mean, std, **kwargs):
+            pixels = super().normalize(image, mean, std, **kwargs)
+            pixels[0, 0, 0] += 0.2
+            return pixels
+
+    with pytest.raises(UnsupportedProcessor, match="by up to 1[0-9] grey levels"):
+        TensorPreprocessing.from_processor(Other())
+
+
 def test_the_description_names_decoder_and_processor():
     _, description = choose_preprocessing(PROCESSORS["clip"])
     assert description.endswith("torch on uint8, within 2 grey levels of CLIPImageProcessorPil")
