@@ -23,6 +23,7 @@ from publishing.model_card import CardFacts, DataSource
 from training.data import PairCollator, build_dataset
 from training.failures import failing_together, stop
 from training.freezing import freeze_parts, parameter_counts, parameter_table
+from training.preprocessing import choose_preprocessing
 from training.recipe import parse_recipe
 from training.sources import read_source
 from training.trainer import GCLTrainer, headline_metrics
@@ -55,7 +56,8 @@ def build_model(arguments, max_text_length):
 
 
 def build_trainer(recipe):
-    """Model, data and trainer of a recipe; returns the trainer and the reports of the sources read.
+    """Model, data and trainer of a recipe; returns the trainer, the reports of the sources read, and what preprocesses
+    the training images.
 
     Raises:
         ValueError, OSError: a model or data that cannot be used; the message says what to do.
@@ -63,7 +65,8 @@ def build_trainer(recipe):
     arguments, data = recipe.training, recipe.data
     set_seed(arguments.seed)
     model, processor = build_model(recipe.model, data.max_text_length)
-    train_dataset, train_reports = build_dataset(data, seed=arguments.seed)
+    preprocessing, how_preprocessed = choose_preprocessing(processor.image_processor)
+    train_dataset, train_reports = build_dataset(data, seed=arguments.seed, preprocessing=preprocessing)
     eval_pairs, eval_report = None, None
     if data.eval is not None:
         eval_pairs, eval_report = read_source(data.eval, max_broken_share=data.max_broken_share)
@@ -77,11 +80,11 @@ def build_trainer(recipe):
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_pairs,
-        data_collator=PairCollator(processor),
+        data_collator=PairCollator(processor, preprocessing),
         processing_class=processor,
         max_broken_share=data.max_broken_share,
     )
-    return trainer, train_reports, eval_report
+    return trainer, train_reports, eval_report, how_preprocessed
 
 
 def main(argv):
@@ -89,7 +92,7 @@ def main(argv):
     try:
         recipe = parse_recipe(argv)
         environment = collect_environment()  # now: the checkout may move on while this runs
-        trainer, train_reports, eval_report = build_trainer(recipe)
+        trainer, train_reports, eval_report, environment["training_images"] = build_trainer(recipe)
     except (ValueError, OSError) as error:
         stop(error)
     arguments = recipe.training
@@ -98,6 +101,7 @@ def main(argv):
         print(f"batch: {trainer.batch_plan.line()}")
         for report in train_reports:
             print(f"train: {report.line()}")
+        print(f"train: images by {environment['training_images']}")
         if eval_report is not None:
             print(f"evaluate: {eval_report.line()}")
     folder = Path(arguments.output_dir) / "model"

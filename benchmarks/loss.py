@@ -1,55 +1,70 @@
 """Time and memory of the GCL loss, forward and backward, against its peers.
 
-    python benchmarks/loss.py --sizes 1024 4096 8192 --threads 2
+    python benchmarks/loss.py                                   # this machine's processor, about 20 minutes
+    python benchmarks/loss.py --sizes 4096 --variants tiles open_clip_three_times --rounds 5
+    python benchmarks/loss.py --device cuda --dim 768           # bfloat16 embeddings, 8k to 128k pairs
 
-Protocol: a float64 correctness gate; one subprocess per measurement; variants interleaved, several rounds, medians; a
-GEMM calibration before and after each measurement, which is dropped if the two differ by more than 10 %; memory as peak
-resident bytes beyond embeddings and their gradients. Seconds of one machine mean little: read the ratios.
+A correctness gate first: every variant's loss and gradient against its definition in float64, and its matrix products
+counted. Then the protocol of protocol.py, memory as the peak beyond embeddings and their gradients. Peers without the
+terms within one modality compute 6 of the 9 blocks: CLIP's loss for each of the three pairs of modalities.
 """
 
 import argparse
 import json
-import platform
-import re
-import statistics
-import subprocess
 import sys
-import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
-from modeling_gcl import contrastive_loss, gcl_loss  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.protocol import (  # noqa: E402
+    RESULTS,
+    environment,
+    measure,
+    measure_rounds,
+    run_worker,
+    summarise,
+    write_result,
+)
+from modeling_gcl import gcl_loss  # noqa: E402
 
 SCALE = 1 / 0.02
+SEED = 0
+SIZES = {"cpu": [1024, 4096, 8192, 16384, 32768], "cuda": [8192, 16384, 32768, 65536, 131072]}
+SEVERAL_ROUNDS = 8192  # pairs; one round above, since minutes average out what disturbs seconds
+GATE_PAIRS, GATE_DIM = 1100, 256  # no multiple of any tile
+PAIRS_OF_MODALITIES = ((0, 1), (0, 2), (1, 2))
+
+
+# Every variant takes three (N, D) embeddings, leaves its gradients in .grad, and returns its loss.
 
 
 def tiles(embeds):
-    gcl_loss(*embeds, SCALE).backward()
+    return _backward(gcl_loss(*embeds, SCALE))
 
 
 def tiles_bf16(embeds):
-    gcl_loss(*embeds, SCALE, bf16=True).backward()
+    return _backward(gcl_loss(*embeds, SCALE, bf16=True))
 
 
 def tiles_bf16_cache(embeds):
     """Half of all exponentiated logits kept."""
-    gcl_loss(*embeds, SCALE, bf16=True, cache_bytes=int(4.5 * len(embeds[0]) ** 2)).backward()
+    return _backward(gcl_loss(*embeds, SCALE, bf16=True, cache_bytes=int(4.5 * len(embeds[0]) ** 2)))
 
 
 def tiles_bf16_all_kept(embeds):
-    gcl_loss(*embeds, SCALE, bf16=True, cache_bytes=10 * len(embeds[0]) ** 2).backward()
+    return _backward(gcl_loss(*embeds, SCALE, bf16=True, cache_bytes=10 * len(embeds[0]) ** 2))
 
 
 def autograd(embeds):
     """The best one line: SupCon's L_out with one log-sum-exp per row and the positives apart."""
     z = torch.cat(embeds)
-    logits = (SCALE * z @ z.T).fill_diagonal_(-torch.inf)
-    ((2 * logits.logsumexp(1).sum() - _positives(embeds)) / (2 * len(z))).backward()
+    logits = (SCALE * z @ z.T).float().fill_diagonal_(-torch.inf)
+    return _backward((2 * logits.logsumexp(1).sum() - _positives(embeds)) / (2 * len(z)))
 
 
 def checkpointed_strips(embeds):
@@ -57,20 +72,24 @@ def checkpointed_strips(embeds):
     z = torch.cat(embeds)
 
     def strip(z, start):
-        logits = SCALE * z[start : start + 512] @ z.T
+        logits = (SCALE * z[start : start + 512] @ z.T).float()
         logits.diagonal(start).fill_(-torch.inf)
         return logits.logsumexp(1).sum()
 
     total = sum(checkpoint(strip, z, start, use_reentrant=False) for start in range(0, len(z), 512))
-    ((2 * total - _positives(embeds)) / (2 * len(z))).backward()
+    return _backward((2 * total - _positives(embeds)) / (2 * len(z)))
 
 
 def open_clip_three_times(embeds):
-    """CLIP's loss as open_clip writes it on one process, for each pair of modalities (6 of the 9 blocks)."""
-    labels = torch.arange(len(embeds[0]))
-    for a, b in ((0, 1), (0, 2), (1, 2)):
+    """ClipLoss as open_clip writes it on one process; each pair's graph is freed before the next."""
+    labels = torch.arange(len(embeds[0]), device=embeds[0].device)
+    total = 0
+    for a, b in PAIRS_OF_MODALITIES:
         per_a, per_b = SCALE * embeds[a] @ embeds[b].T, SCALE * embeds[b] @ embeds[a].T
-        ((F.cross_entropy(per_a, labels) + F.cross_entropy(per_b, labels)) / 6).backward()
+        # .float() as autocast does; nothing for float32
+        loss = (F.cross_entropy(per_a.float(), labels) + F.cross_entropy(per_b.float(), labels)) / 6
+        total += _backward(loss)
+    return total
 
 
 def sentence_transformers_cached(embeds, mini_batch_size):
@@ -86,175 +105,197 @@ def sentence_transformers_cached(embeds, mini_batch_size):
         directions=("query_to_doc", "doc_to_query"),
         partition_mode="per_direction",
     )
-    for a, b in ((0, 1), (0, 2), (1, 2)):
+    total = 0
+    for a, b in PAIRS_OF_MODALITIES:
         chunks = [[c.detach().requires_grad_() for c in embeds[k].split(mini_batch_size)] for k in (a, b)]
-        loss.calculate_loss(chunks, with_backward=True)
+        total += loss.calculate_loss(chunks, with_backward=True) / 3
         for k, parts in zip((a, b), chunks):
-            embeds[k].grad.add_(torch.cat([c.grad for c in parts]) / 3)
+            embeds[k].grad.add_(torch.cat([c.grad for c in parts]), alpha=1 / 3)
+    return total
 
 
 def sentence_transformers_1024(embeds):
-    sentence_transformers_cached(embeds, 1024)
+    return sentence_transformers_cached(embeds, 1024)
 
 
 def sentence_transformers_32(embeds):
-    sentence_transformers_cached(embeds, 32)
+    """At its default mini-batch."""
+    return sentence_transformers_cached(embeds, 32)
+
+
+def memeff_three_times(embeds):
+    from memeff import MemoryEfficientCLIPLoss
+
+    # stable=True, its default, would scale the gradient with the batch
+    loss = MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
+    return sum(_backward(loss(embeds[a], embeds[b]) / 3) for a, b in PAIRS_OF_MODALITIES)
+
+
+def inf_cl_three_times(embeds):
+    """One pass per direction, six in all."""
+    from inf_cl import cal_flash_loss
+
+    total = 0
+    for a, b in PAIRS_OF_MODALITIES:
+        for query, key in ((a, b), (b, a)):
+            total += _backward(cal_flash_loss(embeds[query], embeds[key], scale=SCALE).mean() / 6)
+    return total
+
+
+def _backward(loss):
+    loss.backward()
+    return loss.detach()
 
 
 def _positives(embeds):
+    embeds = [x.float() for x in embeds]
     return SCALE * (sum(embeds).square().sum() - sum(x.square().sum() for x in embeds))
 
 
-def _gcl(embeds):
-    return gcl_loss(*embeds, SCALE)
+# What the variants must equal, as the definitions say it
 
 
-def _three_times_cl(embeds):
-    return sum(contrastive_loss(embeds[a], embeds[b], SCALE) for a, b in ((0, 1), (0, 2), (1, 2))) / 3
+def definition_of_gcl(embeds):
+    n = len(embeds[0])
+    z = torch.cat(embeds)
+    log_p = (SCALE * z @ z.T).fill_diagonal_(-torch.inf).log_softmax(1).view(3, n, 3, n)
+    return -sum(log_p[a, :, b].diagonal().mean() for a in range(3) for b in range(3) if a != b) / 6
 
 
-# variant: (what it must equal in float64, tolerance of its gradient, largest N it is run at)
+def definition_of_three_times_cl(embeds):
+    labels = torch.arange(len(embeds[0]), device=embeds[0].device)
+    return (
+        sum(F.cross_entropy(SCALE * embeds[a] @ embeds[b].T, labels) for a in range(3) for b in range(3) if a != b) / 6
+    )
+
+
+# variant: (what it must equal, tolerance of its gradient, largest number of pairs it is run at on each device)
 VARIANTS = {
-    tiles: (_gcl, 1e-5, None),
-    tiles_bf16: (_gcl, 1e-2, None),
-    tiles_bf16_cache: (_gcl, 1e-2, 16384),
-    tiles_bf16_all_kept: (_gcl, 1e-2, 16384),
-    autograd: (_gcl, 1e-5, 8192),
-    checkpointed_strips: (_gcl, 1e-5, 16384),
-    open_clip_three_times: (_three_times_cl, 1e-5, 16384),
-    sentence_transformers_1024: (_three_times_cl, 1e-5, 8192),
-    sentence_transformers_32: (_three_times_cl, 1e-5, 1024),
+    tiles: (definition_of_gcl, 1e-5, {"cpu": 32768, "cuda": 131072}),
+    tiles_bf16: (definition_of_gcl, 1e-2, {"cpu": 32768}),
+    tiles_bf16_cache: (definition_of_gcl, 1e-2, {"cpu": 16384}),
+    tiles_bf16_all_kept: (definition_of_gcl, 1e-2, {"cpu": 8192}),
+    autograd: (definition_of_gcl, 1e-5, {"cpu": 8192, "cuda": 16384}),
+    checkpointed_strips: (definition_of_gcl, 1e-5, {"cpu": 16384, "cuda": 131072}),
+    open_clip_three_times: (definition_of_three_times_cl, 1e-5, {"cpu": 16384, "cuda": 32768}),
+    sentence_transformers_1024: (definition_of_three_times_cl, 1e-5, {"cpu": 8192, "cuda": 131072}),
+    sentence_transformers_32: (definition_of_three_times_cl, 1e-5, {"cpu": 1024, "cuda": 8192}),
+    memeff_three_times: (definition_of_three_times_cl, 1e-5, {"cuda": 131072}),
+    inf_cl_three_times: (definition_of_three_times_cl, 1e-5, {"cuda": 131072}),
 }
+BFLOAT16_TOLERANCE = 0.1  # of the gradient, of variants that hold logits near 25 in bfloat16, as peers on GPU do
+NEEDS = {
+    sentence_transformers_1024: "sentence_transformers",
+    sentence_transformers_32: "sentence_transformers",
+    memeff_three_times: "memeff",
+    inf_cl_three_times: "inf_cl",
+}
+REFERENCES = ("tiles", "tiles_bf16", "tiles_bf16_cache", "tiles_bf16_all_kept")
 
 
-def make_embeds(num_pairs, dim, dtype=torch.float32):
-    """Cone-shaped sets, as encoders give them: cosines around 0.5."""
-    generator = torch.Generator().manual_seed(0)
+def make_embeds(num_pairs, dim, device="cpu"):
+    """Cone-shaped sets, as encoders give them: cosines around 0.5. bfloat16 on CUDA, float32 on CPU."""
+    generator = torch.Generator().manual_seed(SEED)
     common = torch.randn(dim, generator=generator)
     embeds = []
     for _ in range(3):
-        x = F.normalize(common + torch.randn(num_pairs, dim, generator=generator), dim=-1).to(dtype).requires_grad_()
-        x.grad = torch.zeros_like(x)
+        x = F.normalize(common + torch.randn(num_pairs, dim, generator=generator), dim=-1)
+        x = x.to(device, torch.float32 if device == "cpu" else torch.bfloat16).requires_grad_()
+        x.grad = torch.full_like(x, 0.0)
         embeds.append(x)
     return embeds
 
 
-def gate(variant):
-    """Raise unless the variant's gradient at N = 1,100 (no multiple of any tile) is right."""
-    expected_of, tolerance, _ = VARIANTS[variant]
-    embeds, exact = make_embeds(1100, 64), make_embeds(1100, 64, torch.float64)
-    variant(embeds)
-    expected_of(exact).backward()
-    for got, want in zip(embeds, exact):
-        error = ((got.grad.double() - want.grad).norm() / want.grad.norm()).item()
+def gate(variant, device="cpu"):
+    """
+    Relative errors of the variant's loss and gradient against its definition in float64.
+
+    Raises:
+        SystemExit: one of them is over the tolerance.
+    """
+    definition, tolerance, _ = VARIANTS[variant]
+    tolerance = tolerance if device == "cpu" else BFLOAT16_TOLERANCE
+    embeds = make_embeds(GATE_PAIRS, GATE_DIM, device)
+    exact = [x.detach().double().requires_grad_() for x in embeds]
+    loss, exact_loss = variant(embeds).double(), definition(exact)
+    exact_loss.backward()
+    errors = {"loss": (loss - exact_loss).abs().item() / exact_loss.item()}
+    errors["gradient"] = max(((x.grad - y.grad).norm() / y.grad.norm()).item() for x, y in zip(embeds, exact))
+    for name, error in errors.items():
         if not error <= tolerance:
-            raise SystemExit(f"{variant.__name__}: relative error of the gradient is {error:.1e} > {tolerance}")
+            raise SystemExit(f"{variant.__name__}: relative error of the {name} is {error:.1e} > {tolerance}")
+    return errors
 
 
-def gemm_rate():
-    """Flops per second of large float32 matrix products, over half a second."""
-    a, b = torch.randn(2048, 512), torch.randn(512, 2048)
-    out, rounds, start = a @ b, 0, time.perf_counter()
-    while (seconds := time.perf_counter() - start) < 0.5:
-        torch.mm(a, b, out=out)
-        rounds += 1
-    return rounds * 2 * 2048 * 2048 * 512 / seconds
+def count_flops(variant, num_pairs=4096, dim=16):
+    """Flops of the matrix products, by N²D."""
 
+    def addmm_(_, left, right, **__):  # FlopCounterMode does not know the in-place form
+        return 2 * left[0] * left[1] * right[1]
 
-def resident(which):
-    """Bytes of VmRSS (now) or VmHWM (the peak; unlike getrusage's, a parent's does not pass to its children)."""
-    return 1024 * int(re.search(rf"{which}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
-def measure(variant, num_pairs, dim):
-    """One measurement in this process, as a dict."""
-    gate(variant)  # warms up, too
     embeds = make_embeds(num_pairs, dim)
-    rate_before = gemm_rate()
-    before = resident("VmRSS")
-    steps, start = 0, time.perf_counter()
-    while steps == 0 or time.perf_counter() - start < 0.5:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_}) as counter:
         variant(embeds)
-        steps += 1
-    seconds = (time.perf_counter() - start) / steps
-    return {
-        "seconds": seconds,
-        "bytes": max(0, resident("VmHWM") - before),
-        "gemm_rates": [rate_before, gemm_rate()],
-    }
+    return counter.get_total_flops() / (num_pairs**2 * dim)
 
 
-def run_worker(variant, num_pairs, arguments):
-    worker = [variant.__name__, str(num_pairs), str(arguments.dim), str(arguments.threads)]
-    done = subprocess.run([sys.executable, __file__, "--worker", *worker], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{variant.__name__} failed at N = {num_pairs}:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def summarise(rounds, num_pairs, dim):
-    """Medians over the rounds whose two GEMM calibrations agree within 10 %."""
-    kept = [r for r in rounds if max(r["gemm_rates"]) <= 1.1 * min(r["gemm_rates"])]
-    if not kept:
-        return {"rounds": len(rounds), "kept": 0}
-    ideal = 36 * num_pairs**2 * dim
-    return {
-        "rounds": len(rounds),
-        "kept": len(kept),
-        "seconds": statistics.median(r["seconds"] for r in kept),
-        "to_gemm_of_36_n2d": statistics.median(r["seconds"] / (ideal / statistics.mean(r["gemm_rates"])) for r in kept),
-        "bytes": statistics.median(r["bytes"] for r in kept),
-        "gemm_rate": statistics.median(statistics.mean(r["gemm_rates"]) for r in kept),
-    }
-
-
-def environment(arguments):
-    processor = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    sha = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-    return {
-        "processor": processor[1] if processor else platform.processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": arguments.threads,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "git": sha,
-        "dim": arguments.dim,
-    }
+def work(variants, device, num_pairs=None, dim=None):
+    """A worker's task: with `num_pairs` a measurement of the one variant, else the gates of all."""
+    variants = [variant for variant in VARIANTS if variant.__name__ in variants]
+    if num_pairs is None:
+        answers = {}
+        for variant in variants:
+            answers[variant.__name__] = gate(variant, device)
+            if device == "cpu":
+                answers[variant.__name__]["flops_by_n2d"] = count_flops(variant)
+        return answers
+    (variant,) = variants
+    embeds = make_embeds(num_pairs, dim, device)
+    small = make_embeds(600, dim, device) if device == "cpu" else embeds
+    return measure(lambda: variant(embeds), device=device, warm_up=lambda: variant(small))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 4096, 8192], help="numbers of pairs")
-    parser.add_argument("--variants", nargs="+", default=None, help="names of functions in this file; default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--sizes", type=int, nargs="+", help=f"numbers of pairs; default: {SIZES}")
+    parser.add_argument("--variants", nargs="+", help=f"of {', '.join(v.__name__ for v in VARIANTS)}; default: all")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "results/benchmarks/loss.json")
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=3, help=f"at {SEVERAL_ROUNDS} pairs at most; 1 above")
+    parser.add_argument("--out", type=Path, help="default: results/benchmarks/loss.json, or loss-cuda-DIM.json")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    by_name = {variant.__name__: variant for variant in VARIANTS}
     if arguments.worker:
-        name, num_pairs, dim, threads = arguments.worker
-        torch.set_num_threads(int(threads))
-        print(json.dumps(measure(by_name[name], int(num_pairs), int(dim))))
+        print(json.dumps(work(**json.loads(arguments.worker))))
         return
+    device, dim, threads = arguments.device, arguments.dim, arguments.threads
+    out = arguments.out or RESULTS / ("loss.json" if device == "cpu" else f"loss-cuda-{dim}.json")
+    by_name = {variant.__name__: variant for variant in VARIANTS if device in VARIANTS[variant][2]}
+    if unknown := set(arguments.variants or ()) - set(by_name):
+        parser.error(f"no variants on {device}: {', '.join(sorted(unknown))}; there are {', '.join(by_name)}")
     chosen = [by_name[name] for name in arguments.variants or by_name]
-    result = {"environment": environment(arguments), "sizes": {}}
-    for num_pairs in arguments.sizes:
-        fitting = [v for v in chosen if VARIANTS[v][2] is None or num_pairs <= VARIANTS[v][2]]
-        rounds = {v: [] for v in fitting}
-        for _ in range(arguments.rounds):
-            for variant in fitting:
-                rounds[variant].append(run_worker(variant, num_pairs, arguments))
-        rows = {v.__name__: summarise(rounds[v], num_pairs, arguments.dim) for v in fitting}
-        reference = rows.get("tiles", {}).get("seconds")
+    missing = [v.__name__ for v in chosen if v in NEEDS and find_spec(NEEDS[v]) is None]
+    for name in missing:
+        print(f"{name} is left out: pip install {NEEDS[by_name[name]].replace('_', '-')}", flush=True)
+    chosen = [v for v in chosen if v.__name__ not in missing]
+    result = {"environment": environment(threads, SEED), "device": device, "dim": dim, "not_installed": missing}
+    gates = run_worker(__file__, {"variants": [v.__name__ for v in chosen], "device": device}, threads=threads)
+    result |= {"gates": gates, "sizes": {}}
+    for num_pairs in arguments.sizes or SIZES[device]:
+        names = [v.__name__ for v in chosen if num_pairs <= VARIANTS[v][2][device]]
+        task = {"device": device, "num_pairs": num_pairs, "dim": dim}
+        series = measure_rounds(
+            lambda name, task=task: run_worker(__file__, task | {"variants": [name]}, threads=threads),
+            names,
+            arguments.rounds if num_pairs <= SEVERAL_ROUNDS else 1,
+        )
+        references = {name: series[name] for name in REFERENCES if name in series}
+        rows = {name: summarise(series[name], references, 36 * num_pairs**2 * dim) for name in names}
         for name, row in rows.items():
-            if reference and "seconds" in row:
-                row["to_tiles"] = row["seconds"] / reference
             print(num_pairs, name, json.dumps(row), flush=True)
-        result["sizes"][num_pairs] = rows
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+        result["sizes"][str(num_pairs)] = rows
+        write_result(out, result)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ PACKAGES = (
     "huggingface_hub",
     "numpy",
     "pillow",
+    "simplejpeg",
     "torchvision",
 )
 REPOSITORY = Path(__file__).resolve().parents[1]

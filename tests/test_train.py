@@ -23,6 +23,8 @@ def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys):
     folder = tmp_path / "out" / "model"
     printed = capsys.readouterr().out
     assert "text tower" in printed and "40 pairs, 160 captions" in printed
+    images = re.search(r"^train: images by (.*)$", printed, re.M).group(1)
+    assert "within 2 grey levels of CLIPImageProcessor" in images
     assert re.search(r"headline +[\d.]+ → +[\d.]+", printed) and "gcl evaluate pairs" in printed
 
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
@@ -40,6 +42,7 @@ def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys):
     assert results["after"] == json.loads(json.dumps(evaluate_pairs(model, processor, pairs)))
     untrained = GCLModel.from_encoder(results["recipe"]["model"]["encoder"], fusion="normalized_sum")
     assert results["before"] == json.loads(json.dumps(evaluate_pairs(untrained, processor, pairs)))
+    assert results["environment"]["training_images"] == images
     assert results["seed"] == 5 and len(results["environment"]["packages"]) > 5
     assert [entry for entry in results["log_history"] if "loss_t→it" in entry]
     headlines = [(e["step"], e["eval_headline_mean"]) for e in results["log_history"] if "eval_headline_mean" in e]

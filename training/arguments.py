@@ -4,8 +4,10 @@ The docstrings are the only description of the fields: `train.py --help` prints 
 """
 
 import math
+import os
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from modeling_gcl.configuration_gcl import FUSIONS, TEXT_POOLINGS
@@ -298,8 +300,14 @@ class GCLTrainingArguments(TrainingArguments):
             When checkpoints to resume from are written.
         save_total_limit (`int`, *optional*, defaults to 2):
             How many of them are kept.
-        dataloader_num_workers (`int`, *optional*, defaults to 2):
-            Processes per device that decode, augment and tokenise.
+        dataloader_num_workers (`int`, *optional*):
+            Processes per device that decode, augment and tokenise; the items are the same whatever their number. By
+            default one less than the cores that each training process has, at least 1, and at most 8 (2 without a GPU,
+            where the model needs the cores). 0 does the work in the training process.
+        dataloader_persistent_workers (`bool`, *optional*, defaults to `True`):
+            Keep the workers from epoch to epoch.
+        dataloader_pin_memory (`bool`, *optional*, defaults to `True`):
+            Copy batches to the GPU from pinned memory while it computes. Without a GPU it is off.
         dataloader_drop_last (`bool`, *optional*, defaults to `True`):
             The last batch of an epoch is dropped when it is not full: all ranks must hold equally many pairs.
         eval_on_start (`bool`, *optional*, defaults to `True`):
@@ -336,7 +344,9 @@ class GCLTrainingArguments(TrainingArguments):
     report_to: None | str | list[str] = "none"
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
-    dataloader_num_workers: int = 2
+    dataloader_num_workers: int | None = None
+    dataloader_persistent_workers: bool = True
+    dataloader_pin_memory: bool = True
     dataloader_drop_last: bool = True
     eval_on_start: bool = True
     remove_unused_columns: bool = False
@@ -345,6 +355,8 @@ class GCLTrainingArguments(TrainingArguments):
         _one_of("training.loss", self.loss, LOSSES)
         _one_of("training.denominator", self.denominator, DENOMINATORS)
         self._check_direction_weights()
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = default_num_workers(self.use_cpu)
         self._check_numbers()
         only_gcl = {"denominator": "all", "intra_modality": True, "direction_weights": None}
         for name, unused in ({} if self.loss == "gcl" else only_gcl).items():
@@ -360,6 +372,8 @@ class GCLTrainingArguments(TrainingArguments):
         super().__post_init__()
         # pinned memory serves copies to an accelerator; without one torch warns in every worker
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
+        self.accelerator_config.non_blocking = self.dataloader_pin_memory
+        self.dataloader_persistent_workers = self.dataloader_persistent_workers and self.dataloader_num_workers > 0
 
     def _check_numbers(self):
         for name, smallest in AT_LEAST.items():
@@ -403,6 +417,14 @@ class GCLTrainingArguments(TrainingArguments):
                 raise ValueError(f"training.direction_weights[{direction}] is {weight}: use a number of at least 0")
         if all(self.direction_weights.get(direction, 1.0) == 0 for direction in DIRECTIONS):
             raise ValueError("training.direction_weights are all 0: there would be nothing to train")
+
+
+def default_num_workers(use_cpu: bool) -> int:
+    """As many data workers as this machine's cores allow each training process: see `GCLTrainingArguments`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # as the launchers set it
+    most = 8 if torch.cuda.is_available() and not use_cpu else 2
+    return max(1, min(most, cores // processes - 1))
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]):

@@ -16,7 +16,9 @@ import torch
 from modeling_gcl.rows_gcl import load_image
 from training.arguments import DataArguments
 from training.augmentation import augment
+from training.decoding import decode_rgb
 from training.mixing import draws_per_epoch, epoch_plan, mixing_shares
+from training.preprocessing import TensorPreprocessing
 from training.source_checks import DataError, SourceReport
 from training.sources import read_source
 
@@ -37,6 +39,8 @@ class PairDataset(torch.utils.data.Dataset):
         mixing_alpha: shares proportional to size^alpha.
         crop_scale, horizontal_flip: as in `DataArguments`.
         seed: of the caption, the augmentation and the mixing.
+        preprocessing: resizes images here, to uint8 tensors for a `PairCollator` with the same; None leaves PIL images
+            to the collator's processor.
 
     Raises:
         DataError: for a source without pairs, or with a share too small to give one item an epoch.
@@ -52,13 +56,16 @@ class PairDataset(torch.utils.data.Dataset):
         crop_scale: Sequence[float] | None = None,
         horizontal_flip: bool = False,
         seed: int = 0,
+        preprocessing: TensorPreprocessing | None = None,
     ):
         self.sources = list(sources)
         self.names = list(names) if names is not None else [f"source {number}" for number in range(len(self.sources))]
         self.crop_scale = crop_scale
         self.horizontal_flip = horizontal_flip
         self.seed = seed
+        self.preprocessing = preprocessing
         self.sizes = [len(source) for source in self.sources]
+        self._ends = np.cumsum(self.sizes)
         for name, size in zip(self.names, self.sizes):
             if size == 0:
                 raise DataError(f"{name} has no pairs")
@@ -88,8 +95,9 @@ class PairDataset(torch.utils.data.Dataset):
         """One item. An unreadable image is replaced by the next readable pair of its source.
 
         Returns:
-            {"image": PIL RGB, "text": str, "pair_id": str, "row": int (in its source), "broken": list of str, one
-            "source, pair id: what is wrong" for each image that could not be read on the way}.
+            {"image": PIL RGB (with `preprocessing`: what its `resize` returns), "text": str, "pair_id": str, "row": int
+            (in its source), "broken": list of str, one "source, pair id: what is wrong" for each image that could not
+            be read on the way}.
 
         Raises:
             DataError: when 100 images in a row can't be read.
@@ -98,12 +106,13 @@ class PairDataset(torch.utils.data.Dataset):
             raise IndexError(index)
         epoch = self.epoch
         source, row = self._locate(index, epoch)
+        load = load_image if self.preprocessing is None else decode_rgb
         rng = np.random.default_rng([self.seed, epoch, index])
         broken: list[str] = []
         while True:
             pair = self.sources[source][row]
             try:
-                image = load_image(pair["image"])
+                image = load(pair["image"])
                 break
             except ValueError as error:
                 broken.append(f"{self.names[source]}, {pair['id']}: {error}")
@@ -114,21 +123,27 @@ class PairDataset(torch.utils.data.Dataset):
         # ids are unique within a source only
         pair_id = pair["id"] if len(self.sources) == 1 else f"{source}:{pair['id']}"
         image = augment(image, rng, self.crop_scale, self.horizontal_flip)
+        if self.preprocessing is not None:
+            image = self.preprocessing.resize(image)
         return {"image": image, "text": text, "pair_id": pair_id, "row": row, "broken": broken}
 
     def _locate(self, index: int, epoch: int) -> tuple[int, int]:
         """Source and row of an item."""
         if self.draws is None:
-            ends = np.cumsum(self.sizes)
-            source = int(np.searchsorted(ends, index, side="right"))
-            return source, int(index - (ends[source] - self.sizes[source]))
+            source = int(np.searchsorted(self._ends, index, side="right"))
+            return source, int(index - (self._ends[source] - self.sizes[source]))
         if self._plan is None or self._plan[0] != epoch:
             self._plan = (epoch, *epoch_plan(self.sizes, self.draws, self.seed, epoch))
         return int(self._plan[1][index]), int(self._plan[2][index])
 
 
-def build_dataset(data: DataArguments, *, seed: int) -> tuple[PairDataset, list[SourceReport]]:
+def build_dataset(
+    data: DataArguments, *, seed: int, preprocessing: TensorPreprocessing | None = None
+) -> tuple[PairDataset, list[SourceReport]]:
     """The training data that a recipe describes, and what was read from each source.
+
+    Args:
+        preprocessing: as of `PairDataset`.
 
     Raises:
         DataError: as `training.sources.read_source` lists them.
@@ -143,6 +158,7 @@ def build_dataset(data: DataArguments, *, seed: int) -> tuple[PairDataset, list[
         crop_scale=data.crop_scale,
         horizontal_flip=data.horizontal_flip,
         seed=seed,
+        preprocessing=preprocessing,
     )
     return dataset, [report for _, report in read]
 
@@ -152,6 +168,9 @@ class PairCollator:
 
     Args:
         processor: a `GCLProcessor`, which knows its checkpoint's padding and where captions are cut.
+        preprocessing: what the data set was given.
+        normalize: whether `pixel_values` are the model's float32, or else uint8: a quarter of the bytes on their way,
+            for a model with `TensorPreprocessing.normalize_input` as a forward pre-hook. Needs `preprocessing`.
 
     Returns (when called on N items):
         What the processor makes of images and texts (`pixel_values` (N, C, H, W), `input_ids` and `attention_mask`
@@ -159,12 +178,21 @@ class PairCollator:
         for case and spacing: see `stable_hash`), and `broken`, a list of str to take out before the model is called.
     """
 
-    def __init__(self, processor):
+    def __init__(self, processor, preprocessing: TensorPreprocessing | None = None, *, normalize: bool = True):
+        if preprocessing is None and not normalize:
+            raise ValueError("normalize=False needs a preprocessing: an image processor normalises by itself")
         self.processor = processor
+        self.preprocessing = preprocessing
+        self.normalize = normalize
 
     def __call__(self, items: list[dict]) -> dict:
-        texts = [item["text"] for item in items]
-        batch = dict(self.processor(images=[item["image"] for item in items], text=texts, return_tensors="pt"))
+        texts, images = [item["text"] for item in items], [item["image"] for item in items]
+        if self.preprocessing is None:
+            batch = dict(self.processor(images=images, text=texts, return_tensors="pt"))
+        else:
+            batch = dict(self.processor(text=texts, return_tensors="pt"))
+            pixels = self.preprocessing.stack(images)
+            batch["pixel_values"] = self.preprocessing.normalize(pixels) if self.normalize else pixels
         batch["ids"] = torch.tensor([stable_hash(item["pair_id"]) for item in items])
         batch["caption_ids"] = torch.tensor([stable_hash(" ".join(text.lower().split())) for text in texts])
         batch["broken"] = [name for item in items for name in item["broken"]]

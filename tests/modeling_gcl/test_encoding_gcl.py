@@ -53,6 +53,24 @@ def test_each_row_as_if_alone_whatever_the_order_and_batch(door, batch_size):
         torch.testing.assert_close(together[position], alone[0], atol=1e-5, rtol=0)
 
 
+def test_texts_are_batched_by_their_tokens(clip):
+    model, processor = clip
+    widths = []
+
+    class Spy:
+        tokenizer = processor.tokenizer
+
+        def __call__(self, **kwargs):
+            batch = processor(**kwargs)
+            widths.append(batch["input_ids"].shape[1])
+            return batch
+
+    # 10, 11, 12 and 13 characters: in that order few tokens would be padded to many
+    rows = ["grasshouse", "a a a a a a", "grasseshouse", "a a a a a a a"]
+    model.encode(rows, processor=Spy(), batch_size=2)
+    assert sorted(widths) == [3, 9]
+
+
 def test_every_form_of_an_image_is_the_same_row(clip, tmp_path):
     model, processor = clip
     image = random_image(5)

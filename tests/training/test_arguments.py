@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from training import arguments as arguments_module
 from training.arguments import DataArguments, GCLTrainingArguments, ModelArguments, SourceArguments
 
 
@@ -25,6 +27,35 @@ def test_buffers_are_not_broadcast_where_a_process_may_go_back(tmp_path):
     assert broadcast() is None
     assert broadcast(grad_cache_chunk=4) is False and broadcast(effective_batch_size=64) is False
     assert broadcast(grad_cache_chunk=4, ddp_broadcast_buffers=True) is True
+
+
+@pytest.mark.parametrize(
+    "cores, processes, gpu, expected",
+    [(2, 1, False, 1), (16, 1, False, 2), (1, 1, False, 1), (16, 1, True, 8), (16, 4, True, 3), (8, 8, True, 1)],
+)
+def test_workers_by_the_cores_of_a_process(cores, processes, gpu, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments_module.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert arguments_module.default_num_workers(use_cpu=False) == expected
+    assert arguments_module.default_num_workers(use_cpu=True) == min(expected, 2)
+
+
+def test_loading_follows_workers_and_device(tmp_path, monkeypatch):
+    def loading(**given):
+        arguments = GCLTrainingArguments(output_dir=str(tmp_path), **given)
+        return (
+            arguments.dataloader_persistent_workers,
+            arguments.dataloader_pin_memory,
+            arguments.accelerator_config.non_blocking,
+        )
+
+    assert loading(use_cpu=True) == (True, False, False)
+    assert loading(use_cpu=True, dataloader_num_workers=0) == (False, False, False)
+    assert loading(use_cpu=True, dataloader_persistent_workers=False) == (False, False, False)
+    monkeypatch.setattr(GCLTrainingArguments, "device", torch.device("cuda", 0))
+    assert loading() == (True, True, True)
+    assert loading(dataloader_pin_memory=False) == (True, False, False)
 
 
 def test_arguments_can_be_saved(tmp_path):

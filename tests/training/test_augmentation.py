@@ -1,6 +1,7 @@
 """Crop and flip: sizes, contents and determinism."""
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -54,3 +55,15 @@ def test_flip_mirrors_about_half_and_leaves_the_crop_alone():
 def test_nothing_asked_nothing_done():
     image = gradient(20, 30)
     assert augment(image, np.random.default_rng(0), None, False) is image
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 90), st.integers(0, 10**9), st.booleans(), st.sampled_from([None, (0.3, 1)]))
+def test_tensors_are_cropped_and_mirrored_as_images(width, height, seed, flip, crop_scale):
+    image = gradient(width, height)
+    pixels = torch.from_numpy(np.array(image))
+    expected = augment(image, np.random.default_rng(seed), crop_scale, flip)
+    found = augment(pixels, np.random.default_rng(seed), crop_scale, flip)
+    np.testing.assert_array_equal(found.numpy(), np.asarray(expected))
+    if not flip:
+        assert found.untyped_storage().data_ptr() == pixels.untyped_storage().data_ptr()  # no copy

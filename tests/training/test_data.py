@@ -8,21 +8,22 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from backbones import tiny_processor
+from backbones import random_image, tiny_processor
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from training.arguments import DataArguments, SourceArguments
 from training.data import BrokenImages, PairCollator, PairDataset, build_dataset, stable_hash
+from training.preprocessing import TensorPreprocessing
 from training.source_checks import DataError
 
 
-def make_pairs(count, captions=4, name="p", broken=()):
+def make_pairs(count, captions=4, name="p", broken=(), format="PNG"):
     """Pairs whose image has the row number as its colour."""
     pairs = []
     for row in range(count):
         stream = io.BytesIO()
-        Image.new("RGB", (24, 20), (row, 0, 0)).save(stream, "PNG")
+        Image.new("RGB", (24, 20), (row, 0, 0)).save(stream, format)
         stored = b"not an image" if row in broken else stream.getvalue()
         texts = [f"{name} {row} caption {number}" for number in range(captions)]
         pairs.append({"id": f"{name}{row}", "image": {"bytes": stored, "path": None}, "captions": texts})
@@ -30,7 +31,10 @@ def make_pairs(count, captions=4, name="p", broken=()):
 
 
 def collate(items):
-    return [(item["text"], item["row"], item["pair_id"], item["broken"], item["image"].tobytes()) for item in items]
+    return [
+        (item["text"], item["row"], item["pair_id"], item["broken"], np.asarray(item["image"]).tobytes())
+        for item in items
+    ]
 
 
 def one_epoch(dataset, workers=0, **kwargs):
@@ -202,6 +206,65 @@ def test_collator_keeps_the_processors_length_and_padding():
     processor.max_text_length = 5
     assert PairCollator(processor)(items)["input_ids"].shape == (1, 5)
     assert PairCollator(tiny_processor("siglip"))(items)["input_ids"].shape == (1, 16)
+
+
+def fast(name="clip"):
+    processor = tiny_processor(name)
+    return processor, TensorPreprocessing.from_processor(processor.image_processor)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_fast_batches_are_the_processors_but_for_grey_levels(name, format):
+    processor, preprocessing = fast(name)
+    pairs = make_pairs(6, broken=(2,))
+    for row in (0, 1, 3, 4, 5):
+        stream = io.BytesIO()
+        random_image(row, (61, 90)).save(stream, format)
+        pairs[row]["image"]["bytes"] = stream.getvalue()
+    kwargs = {"crop_scale": (0.3, 1.0), "horizontal_flip": True, "seed": 4}
+    plain, quick = PairDataset([pairs], **kwargs), PairDataset([pairs], preprocessing=preprocessing, **kwargs)
+    expected = PairCollator(processor)([plain[index] for index in range(6)])
+    items = [quick[index] for index in range(6)]
+    found = PairCollator(processor, preprocessing)(items)
+    assert set(found) == set(expected) and found["broken"] == expected["broken"] != []
+    for key in set(found) - {"pixel_values", "broken"}:
+        assert torch.equal(found[key], expected[key]) and found[key].dtype == expected[key].dtype
+    assert found["pixel_values"].dtype == torch.float32
+    difference = (found["pixel_values"] - expected["pixel_values"]) / preprocessing.factor
+    assert difference.abs().max() < 2.1 and difference.abs().mean() < 0.1
+    raw = PairCollator(processor, preprocessing, normalize=False)(items)["pixel_values"]
+    assert raw.dtype == torch.uint8 and torch.equal(preprocessing.normalize(raw), found["pixel_values"])
+
+
+def test_pixels_cannot_stay_raw_without_a_preprocessing():
+    with pytest.raises(ValueError, match="normalize=False needs a preprocessing"):
+        PairCollator(tiny_processor("clip"), normalize=False)
+
+
+def test_workers_give_the_same_batches_with_fast_preprocessing():
+    processor, preprocessing = fast()
+    dataset = PairDataset(
+        [make_pairs(12, format="JPEG", broken=(5,))], crop_scale=(0.5, 0.9), horizontal_flip=True,
+        preprocessing=preprocessing,
+    )  # fmt: skip
+    assert one_epoch(dataset, workers=2) == one_epoch(dataset)
+    collator = PairCollator(processor, preprocessing)
+    alone, shared = (list(DataLoader(dataset, 4, collate_fn=collator, num_workers=workers)) for workers in (0, 2))
+    for one, other in zip(alone, shared, strict=True):
+        assert torch.equal(one["pixel_values"], other["pixel_values"]) and one["broken"] == other["broken"]
+        assert other["pixel_values"].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_batch_of_texts_is_padded_to_its_own_longest_unless_the_tower_needs_all(name):
+    collator = PairCollator(*fast(name))
+    for captions, longest in ((["a dog", "a"], 4), (["a dog runs on grass in the house", "a"], 10)):
+        items = [
+            {"image": torch.zeros(32, 32, 3, dtype=torch.uint8), "text": text, "pair_id": "1", "row": 0, "broken": []}
+            for text in captions
+        ]
+        assert collator(items)["input_ids"].shape == (2, longest if name == "clip" else 16)
 
 
 def test_stable_hash_is_the_same_in_every_process():
