@@ -66,6 +66,8 @@ def build_trainer(recipe):
     set_seed(arguments.seed)
     model, processor = build_model(recipe.model, data.max_text_length)
     preprocessing, how_preprocessed = choose_preprocessing(processor.image_processor)
+    if preprocessing is not None:  # pixels travel as uint8, a quarter of the bytes, and are normalised on the device
+        model.register_forward_pre_hook(preprocessing.normalize_input, with_kwargs=True)
     train_dataset, train_reports = build_dataset(data, seed=arguments.seed, preprocessing=preprocessing)
     eval_pairs, eval_report = None, None
     if data.eval is not None:
@@ -80,7 +82,7 @@ def build_trainer(recipe):
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_pairs,
-        data_collator=PairCollator(processor, preprocessing),
+        data_collator=PairCollator(processor, preprocessing, normalize=preprocessing is None),
         processing_class=processor,
         max_broken_share=data.max_broken_share,
     )
