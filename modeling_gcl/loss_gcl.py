@@ -4,14 +4,15 @@ Notable features:
 - the self term is masked and the other positive stays in the denominator, as the paper states (floor log 2);
 - one switch each for the denominator, the intra-modality negatives, the weight of each direction, false negatives;
 - logits and log-sum-exp in float32 for half-precision embeddings and under autocast, in float64 for float64 ones;
-- memory O(N·D) forward and backward: `tiles_gcl` computes the logits tile by tile and never holds them.
+- memory O(N·D) forward and backward: `logsumexp_gcl` computes the logits tile by tile and never holds them;
+- a batch that several processes share gives each the loss of the whole and the exact gradient of its own rows.
 """
 
 import math
 
 import torch
 
-from .tiles_gcl import block_logsumexp
+from .logsumexp_gcl import OneProcess, block_logsumexp
 
 MODALITIES = {"i": "image_embeds", "t": "text_embeds", "it": "fused_embeds"}
 DIRECTIONS = ("i->t", "t->i", "i->it", "it->i", "t->it", "it->t")
@@ -37,6 +38,7 @@ def gcl_loss(
     return_terms=False,
     bf16=False,
     cache_bytes=0,
+    processes=None,
 ):
     r"""
     Generalized contrastive loss: six directions a→b between image, text and fused embeddings, each contrasted against
@@ -63,6 +65,11 @@ def gcl_loss(
             touched). Faster where the processor has bfloat16 arithmetic.
         cache_bytes (`int`): memory for exponentiated logits kept for the backward pass, which otherwise computes them
             again. 18 N² bytes hold all of them, 9 N² with `bf16`.
+        processes (*optional*): `training.distributed.Processes()`, or what else offers the methods of
+            `logsumexp_gcl.OneProcess`. Each process then passes its own n of the N pairs (not all need hold equally
+            many). The loss is that of the whole batch on every process. The gradient that each gets, of its rows and of
+            `logit_scale`, is such that *averaging* parameter gradients over processes, as DistributedDataParallel and
+            FSDP do, gives the gradient of the loss.
 
     Returns:
         `torch.Tensor` scalar (float32, or float64 for float64 input); with `return_terms` a tuple of it and a
@@ -71,7 +78,8 @@ def gcl_loss(
     Raises:
         ValueError: embeddings of unequal shapes or devices, an empty batch, rows not of unit norm (within 1 %),
             `logit_scale` not one positive number, unknown `denominator` or direction, ids that are not one per pair,
-            or weights that are negative or all zero.
+            or weights that are negative or all zero. Of several processes all raise, naming the one at fault, also when
+            their arguments differ.
         NonFiniteError: embeddings or `logit_scale` hold NaN or infinity; a `ValueError` and a `FloatingPointError`.
 
     Example:
@@ -81,10 +89,14 @@ def gcl_loss(
     """
     if denominator not in DENOMINATORS:
         raise ValueError(f"denominator={denominator!r} is unknown: choose one of {', '.join(DENOMINATORS)}")
-    batch = _Batch((image_embeds, text_embeds, fused_embeds), logit_scale, ids, caption_ids)
+    weights = _checked_weights(direction_weights)
+    batch = _Batch(
+        (image_embeds, text_embeds, fused_embeds), logit_scale, ids, caption_ids, processes=processes,
+        settings={"denominator": denominator, "intra_modality": intra_modality, "direction_weights": weights},
+    )  # fmt: skip
     batch.contrast(own=intra_modality and denominator != "target", bf16=bf16, cache_bytes=cache_bytes)
     terms = {d: batch.direction_term(d, denominator, intra_modality) for d in DIRECTIONS}
-    return _weighted_mean(terms, direction_weights, return_terms)
+    return _weighted_mean(terms, weights, return_terms)
 
 
 def contrastive_loss(
@@ -97,16 +109,17 @@ def contrastive_loss(
     return_terms=False,
     bf16=False,
     cache_bytes=0,
+    processes=None,
 ):
     r"""
     Plain CL, CLIP's symmetric loss: the mean over i→t and t→i of the cross-entropy against the target modality.
 
     Arguments, result and errors as for [`gcl_loss`]; the floor is 0.
     """
-    batch = _Batch((image_embeds, text_embeds), logit_scale, ids, caption_ids)
+    batch = _Batch((image_embeds, text_embeds), logit_scale, ids, caption_ids, processes=processes)
     batch.contrast(own=False, bf16=bf16, cache_bytes=cache_bytes)
     terms = {d: batch.direction_term(d, "target", False) for d in ("i->t", "t->i")}
-    return _weighted_mean(terms, None, return_terms)
+    return _weighted_mean(terms, dict.fromkeys(terms, 1.0), return_terms)
 
 
 def alignclip_loss(
@@ -121,6 +134,7 @@ def alignclip_loss(
     return_terms=False,
     bf16=False,
     cache_bytes=0,
+    processes=None,
 ):
     r"""
     CL plus AlignCLIP's intra-modality separation (arXiv 2406.17639, eq. 5-8, and the authors' code).
@@ -136,9 +150,12 @@ def alignclip_loss(
         separation_weight (`float`): weight of the separation.
         Others, result and errors as for [`gcl_loss`].
     """
-    batch = _Batch((image_embeds, text_embeds), logit_scale, ids, caption_ids)
-    semantic = batch.unit_semantic(text_embeds if semantic_embeds is None else semantic_embeds)
-    batch.contrast(own=True, semantic=semantic, bf16=bf16, cache_bytes=cache_bytes)
+    batch = _Batch(
+        (image_embeds, text_embeds), logit_scale, ids, caption_ids, processes=processes,
+        semantic=text_embeds if semantic_embeds is None else semantic_embeds,
+        settings={"separation_weight": separation_weight},
+    )  # fmt: skip
+    batch.contrast(own=True, bf16=bf16, cache_bytes=cache_bytes)
     terms = {d: batch.direction_term(d, "target", False) for d in ("i->t", "t->i")}
     separation = {f"separation_{name}": batch.separation_term(name) for name in ("i", "t")}
     loss = (terms["i->t"] + terms["t->i"] + separation_weight * sum(separation.values())) / 2
@@ -150,25 +167,55 @@ def alignclip_loss(
 class _Batch:
     """Checked embeddings of one batch, in full precision, and the loss terms that come of their log-sum-exps."""
 
-    def __init__(self, embeds, logit_scale, ids, caption_ids):
-        named = dict(zip(MODALITIES.values(), embeds))
-        _check_shapes(named, ids, caption_ids)
-        dtype = torch.float64 if any(x.dtype == torch.float64 for x in embeds) else torch.float32
+    def __init__(self, embeds, logit_scale, ids, caption_ids, processes=None, semantic=None, settings=None):
         self.modalities = list(MODALITIES)[: len(embeds)]
-        self.embeds = [x.to(dtype) for x in embeds]
-        self.scale = torch.as_tensor(logit_scale, dtype=dtype, device=embeds[0].device)
-        self.labels = [labels for labels in (ids, caption_ids) if labels is not None]
+        self.labels = {name: x for name, x in (("ids", ids), ("caption_ids", caption_ids)) if x is not None}
+        self.processes, self.semantic, error = processes or OneProcess(), semantic, None
+        try:
+            self._take(dict(zip(MODALITIES.values(), embeds)), logit_scale)
+        except ValueError as found:  # told to the other processes, which would wait for this one otherwise
+            error = found
+        shared = (
+            None
+            if error
+            else (settings or {})
+            | {
+                "modalities": self.modalities,
+                "embedding size": self.embeds[0].shape[1],
+                "dtypes": [x.dtype for x in embeds],
+                "labels": list(self.labels),
+                "semantic_embeds": None if semantic is None else (semantic.shape[1], semantic.dtype),
+                "logit_scale": self.scale.item(),
+            }
+        )
+        self.sizes = self.processes.agree(len(self.embeds[0]) if shared else 0, shared, error)
+
+    def _take(self, embeds, logit_scale):
+        """Check the arguments of this process and bring them to full precision."""
+        _check_shapes(embeds, self.labels)
+        dtype = torch.float64 if any(x.dtype == torch.float64 for x in embeds.values()) else torch.float32
+        self.embeds = [x.to(dtype) for x in embeds.values()]
+        self.scale = torch.as_tensor(logit_scale, dtype=dtype, device=self.embeds[0].device)
         if self.scale.numel() != 1:
             raise ValueError(f"logit_scale must be one number, got shape {tuple(self.scale.shape)}")
         self.scale = self.scale.reshape(())
-        _check_values(dict(zip(named, self.embeds)), self.scale)
+        _check_values(dict(zip(embeds, self.embeds)), self.scale)
+        if self.semantic is not None:
+            self.semantic = _unit_semantic(self.semantic, self.embeds[0])
 
-    def contrast(self, own, semantic=None, bf16=False, cache_bytes=0):
+    def contrast(self, own, bf16=False, cache_bytes=0):
         """Compute the blocks between modalities and, if `own`, those within one."""
         indices = range(len(self.embeds))
-        blocks = [(a, m) for a in indices for m in indices[a:] if own or a != m]
         self.negatives, self.cosines = block_logsumexp(
-            self.embeds, self.scale, blocks, labels=self.labels, semantic=semantic, bf16=bf16, cache_bytes=cache_bytes
+            self.embeds,
+            self.scale,
+            [(a, m) for a in indices for m in indices[a:] if own or a != m],
+            labels=list(self.labels.values()),
+            semantic=self.semantic,
+            bf16=bf16,
+            cache_bytes=cache_bytes,
+            processes=self.processes,
+            sizes=self.sizes,
         )
 
     def positive(self, a, b):
@@ -194,45 +241,49 @@ class _Batch:
         positive = self.positive("i", "t")
         return (torch.logaddexp(self.negative(name, name), positive) - positive).mean()
 
-    def unit_semantic(self, semantic):
-        """(N, S) unit rows for C, without gradient."""
-        like = self.embeds[0]
-        if semantic.ndim != 2 or len(semantic) != len(like) or semantic.device != like.device:
-            raise ValueError(
-                f"semantic_embeds must be ({len(like)}, S) on {like.device}, one row per pair, got "
-                f"{tuple(semantic.shape)} on {semantic.device}"
-            )
-        semantic = semantic.detach().to(like.dtype)
-        norms = torch.linalg.vector_norm(semantic, dim=-1, keepdim=True)
-        bad = ~((norms > 0) & norms.isfinite())
-        if bad.any():
-            row = bad.flatten().nonzero()[0].item()
-            raise ValueError(f"semantic_embeds row {row} is zero, NaN or infinite: leave out pairs without a caption")
-        return semantic / norms
+
+def _unit_semantic(semantic, like):
+    """(N, S) unit rows for C, without gradient."""
+    if semantic.ndim != 2 or len(semantic) != len(like) or semantic.device != like.device:
+        raise ValueError(
+            f"semantic_embeds must be ({len(like)}, S) on {like.device}, one row per pair, got "
+            f"{tuple(semantic.shape)} on {semantic.device}"
+        )
+    semantic = semantic.detach().to(like.dtype)
+    norms = torch.linalg.vector_norm(semantic, dim=-1, keepdim=True)
+    bad = ~((norms > 0) & norms.isfinite())
+    if bad.any():
+        row = bad.flatten().nonzero()[0].item()
+        raise ValueError(f"semantic_embeds row {row} is zero, NaN or infinite: leave out pairs without a caption")
+    return semantic / norms
+
+
+def _checked_weights(weights):
+    """Weight of each direction; 1 for those not named."""
+    weights = weights or {}
+    unknown = set(weights) - set(DIRECTIONS)
+    if unknown:
+        raise ValueError(f"direction_weights names {sorted(unknown)}; the directions are {list(DIRECTIONS)}")
+    weights = {direction: float(weights.get(direction, 1.0)) for direction in DIRECTIONS}
+    if min(weights.values()) < 0 or sum(weights.values()) == 0:
+        raise ValueError(f"direction_weights must be non-negative and not all zero, got {weights}")
+    return weights
 
 
 def _weighted_mean(terms, weights, return_terms):
-    weights = weights or {}
-    unknown = set(weights) - set(terms)
-    if unknown:
-        raise ValueError(f"direction_weights names {sorted(unknown)}; the directions are {list(terms)}")
-    weights = {direction: float(weights.get(direction, 1.0)) for direction in terms}
-    if min(weights.values()) < 0 or sum(weights.values()) == 0:
-        raise ValueError(f"direction_weights must be non-negative and not all zero, got {weights}")
     loss = sum(weights[d] * term for d, term in terms.items() if weights[d]) / sum(weights.values())
     if return_terms:
         return loss, {direction: term.detach() for direction, term in terms.items()}
     return loss
 
 
-def _check_shapes(embeds, ids, caption_ids):
+def _check_shapes(embeds, labels):
     shapes = {name: tuple(x.shape) for name, x in embeds.items()}
     shape = shapes["image_embeds"]
     if set(shapes.values()) != {shape} or len(shape) != 2:
         raise ValueError(f"embeddings must be (N, D) and of one shape for every modality, got {shapes}")
     if shape[0] == 0:
         raise ValueError("the batch is empty: a contrastive loss needs at least one pair")
-    labels = {name: x for name, x in (("ids", ids), ("caption_ids", caption_ids)) if x is not None}
     for name, x in labels.items():
         if tuple(x.shape) != shape[:1]:
             raise ValueError(f"{name} must hold one label per pair, shape {shape[:1]}, got {tuple(x.shape)}")

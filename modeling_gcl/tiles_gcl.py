@@ -1,84 +1,215 @@
-"""Log-sum-exps over the blocks of a similarity matrix that is never held.
+"""Exponentiated similarities of a panel, tile by tile: their sums, and the products with embeddings that gradients are.
 
 Notable features:
-- memory O(N·D): one tile at a time is computed, exponentiated, summed and dropped; backward computes it again;
-- symmetric tiles: S[a,m] = S[m,a]ᵀ, so one tile gives row and column sums, and one product W = P + Pᵀ both gradients;
-- a fixed shift instead of a running maximum, with the exact running maximum as fallback where the shift underflows;
-- the gradient of the scale falls out of the embeddings' gradient.
+- memory of one tile: it is computed, exponentiated, summed and dropped; the gradient computes it again;
+- symmetric tiles: S[a,m] = S[m,a]ᵀ, so a panel of pairs against themselves is walked on and above its diagonal only;
+  one tile gives row and column sums, and one weight matrix W = P + Pᵀ the gradients of both sides;
+- a bounded cache keeps tiles from the sums for the gradient.
 """
 
-import math
-from itertools import combinations
+from itertools import chain, repeat
+from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 TILE = {"cpu": 512}  # a tile, its weights and its embeddings stay in a core's cache
 TILE_ACCELERATOR = 4096  # few launches
 DIAGONAL_PARTS = 4  # symmetry halves a tile on the diagonal only part by part: 0.5 % of waste at N = 4096
 
 
-def block_logsumexp(embeds, scale, blocks, *, labels=(), semantic=None, bf16=False, cache_bytes=0):
-    r"""
-    For M modalities of N pairs: the log-sum-exp of each anchor's negatives in each modality, and the pairs' cosines.
+class Pairs(NamedTuple):
+    """What similarities need to know of n pairs: `embeds`, a sequence of M tensors (n, D), one a modality; `labels`, a
+    sequence of tensors (n,), pairs equal in any of them being no negatives; `semantic`, (n, S) unit rows, or None."""
 
-        negatives[a, m, j] = log Σ_{k≠j} exp(s e_a^j·e_m^k),   cosines[a, m, j] = e_a^j·e_m^j  (a < m)
+    embeds: tuple
+    labels: tuple = ()
+    semantic: torch.Tensor | None = None
 
-    Cost for each block in N²D multiply-adds counted twice: 8 for a < m (it yields [a, m] and [m, a]), 4 for a = m.
+    def tensors(self):
+        """All of them in one list, for the journey to another process."""
+        return [*self.embeds, *self.labels, *([] if self.semantic is None else [self.semantic])]
+
+    def replaced(self, tensors):
+        """Pairs of the same make with other `tensors()`."""
+        tensors, m = tuple(tensors), len(self.embeds)
+        return Pairs(tensors[:m], tensors[m : m + len(self.labels)], None if self.semantic is None else tensors[-1])
+
+    def select(self, rows):
+        """Pairs of a slice of them."""
+        return self.replaced(x[rows] for x in self.tensors())
+
+
+class Panel:
+    """
+    A rectangle of the similarity matrix: anchors (R pairs) against candidates (C pairs).
 
     Args:
-        embeds (sequence of M `torch.Tensor` of shape `(N, D)`): all float32 or all float64, on one device. Rows need
-            not be of unit norm, but far from it the slower fallback runs.
-        scale (`torch.Tensor` scalar): s, of the embeddings' dtype and on their device.
-        blocks (sequence of `(a, m)` with `a <= m`): the blocks to compute.
-        labels (sequence of `torch.Tensor` of shape `(N,)`): pairs equal in any of them are not each other's negatives.
-        semantic (`torch.Tensor` of shape `(N, S)`, *optional*): unit rows c. In blocks a = m the similarity e_a^j·e_a^k
-            is then multiplied by 1 − c^j·c^k. Without gradient.
-        bf16 (`bool`): the gradient's products, and the cached tiles, in bfloat16. The result itself is not affected.
-        cache_bytes (`int`): memory for tiles kept from forward to backward, which need not be computed again.
-
-    Returns:
-        `tuple` of two `torch.Tensor` of shape `(M, M, N)`: negatives, where anchors without any negative hold a huge
-        negative finite value, and cosines. Entries of blocks not asked for are undefined; use none of them.
+        anchors, candidates (`Pairs`).
+        blocks (sequence of `(a, m)` with `a <= m`): pairs of modalities; (a, m) stands for anchors in a against
+            candidates in m and for anchors in m against candidates in a.
+        symmetric (`bool`): candidates are the anchors themselves: none is its own negative in any modality.
     """
-    walk = _Walk(embeds[0], blocks, labels, semantic)
-    if not torch.is_grad_enabled():
-        cache_bytes = 0
-    return _BlockLogSumExp.apply(walk, bf16, cache_bytes, scale, *embeds)
+
+    def __init__(self, anchors, candidates, blocks, symmetric=False):
+        self.anchors, self.candidates = anchors, candidates
+        self.blocks, self.symmetric = blocks, symmetric
+
+    @property
+    def transposed(self):
+        """The same rectangle with anchors and candidates exchanged."""
+        return Panel(self.candidates, self.anchors, self.blocks, self.symmetric)
 
 
-class _Walk:
-    """The order in which tiles are visited, and the logits of one tile."""
+class TileCache:
+    """Tiles kept from the sums for the gradient, the first ones visited, as many as fit `num_bytes`."""
 
-    def __init__(self, like, blocks, labels, semantic):
-        self.num_pairs = len(like)
-        self.blocks, self.labels, self.semantic = blocks, labels, semantic
+    def __init__(self, num_bytes, dtype):
+        self.bytes_left, self.dtype, self.tiles = num_bytes, dtype, []
+
+    def offer(self, tile):
+        """Keep a copy if it fits; return whether it does."""
+        self.bytes_left -= tile.numel() * self.dtype.itemsize
+        if self.bytes_left >= 0:
+            self.tiles.append(tile.to(self.dtype, copy=True))
+
+
+def replay(tiles):
+    """The cached tiles, then None for each that was not kept."""
+    return chain(tiles, repeat(None))
+
+
+def add_sums(panel, scale, shift, row_sums, col_sums, cache):
+    """
+    Add to each anchor's and each candidate's sums exp(S − shift) over its negatives.
+
+    Args:
+        panel (`Panel`): all float32 or all float64.
+        scale, shift (`float`): S = scale·cosine.
+        row_sums (`torch.Tensor` of shape `(M, M, R)`): [a, m, r] is of anchor r in a over candidates in m.
+        col_sums (`torch.Tensor` of shape `(M, M, C)`, or None): [m, a, c] is of candidate c in m over anchors in a.
+            `row_sums` itself where the panel is symmetric; None if not wanted.
+        cache (`TileCache`): is offered every tile.
+    """
+    tiles = _Tiles(panel)
+    for a, rows, m, cols in tiles:
+        tile = tiles.logits(scale, a, rows, m, cols)
+        if shift:
+            tile.sub_(shift)
+        tile.exp_()
+        row_sums[a, m, rows] += tile.sum(1)
+        if col_sums is not None and not tiles.is_own_transpose(a, rows, m, cols):
+            col_sums[m, a, cols] += tile.sum(0)
+        if cache.bytes_left > 0:
+            if tiles.is_scaled_by_meaning(a, m):
+                tile.mul_(tiles.repulsion(rows, cols))
+            cache.offer(tile)
+
+
+def add_logsumexps(panel, scale, row_logs, col_logs):
+    """As `add_sums` for rows of any norm: log-sum-exps, added in log space, at twice the exps."""
+    tiles = _Tiles(panel)
+    for a, rows, m, cols in tiles:
+        tile = tiles.logits(scale, a, rows, m, cols)
+        _add_log(row_logs[a, m, rows], tile.logsumexp(1))
+        if col_logs is not None and not tiles.is_own_transpose(a, rows, m, cols):
+            _add_log(col_logs[m, a, cols], tile.logsumexp(0))
+
+
+def add_weighted(panel, scale, shift, row_ratios, col_ratios, row_grads, col_grads, cached, bf16):
+    """
+    Add W·E, W = exp(S − shift) ∘ (row ratio ⊕ column ratio), to the gradients: each tile serves both sides.
+
+    Args:
+        panel, scale, shift: as for `add_sums`.
+        row_ratios (`torch.Tensor` of shape `(M, M, R)`), col_ratios (`(M, M, C)`): gradient from above by sum.
+        row_grads (sequence of M `torch.Tensor` of shape `(R, D)`, or None), col_grads (likewise with C): None where no
+            gradient is wanted; the same object where the panel is symmetric.
+        cached (iterator): what `replay` gives, at this panel's first tile.
+        bf16 (`bool`): products in bfloat16.
+    """
+
+    def weigh(tiles, tile, fresh, weights, a, rows, m, cols):
+        if fresh:
+            if shift:
+                tile.sub_(shift)
+            tile.exp_()
+        torch.add(row_ratios[a, m, rows, None], col_ratios[m, a, None, cols], out=weights).mul_(tile)
+
+    _add_products(panel, scale, weigh, row_grads, col_grads, cached, bf16)
+
+
+def add_weighted_by_logs(panel, scale, row_logs, col_logs, row_above, col_above, row_grads, col_grads, bf16):
+    """As `add_weighted` with log-sum-exps (from `add_logsumexps`) and gradients from above, at twice the exps."""
+
+    def weigh(tiles, tile, fresh, weights, a, rows, m, cols):
+        torch.sub(tile, row_logs[a, m, rows, None], out=weights).exp_().mul_(row_above[a, m, rows, None])
+        weights.add_(tile.sub_(col_logs[m, a, cols]).exp_().mul_(col_above[m, a, cols]))
+
+    _add_products(panel, scale, weigh, row_grads, col_grads, repeat(None), bf16)
+
+
+def _add_products(panel, scale, weigh, row_grads, col_grads, cached, bf16):
+    """Walk the panel, let `weigh` fill W of each tile, and add its products to the gradients."""
+    tiles = _Tiles(panel)
+    row_factors, col_factors = (
+        [x.bfloat16() if bf16 else x for x in p.embeds] for p in (panel.anchors, panel.candidates)
+    )
+    for a, rows, m, cols in tiles:
+        tile = next(cached)
+        by_row = row_grads[a] is not None
+        by_col = col_grads is not None and col_grads[m] is not None and not tiles.is_own_transpose(a, rows, m, cols)
+        if not (by_row or by_col):
+            continue
+        weights = tiles.buffer("weights", rows, cols)
+        fresh = tile is None
+        weigh(tiles, tiles.logits(scale, a, rows, m, cols) if fresh else tile, fresh, weights, a, rows, m, cols)
+        if fresh and tiles.is_scaled_by_meaning(a, m):
+            weights.mul_(tiles.repulsion(rows, cols))
+        if bf16:
+            weights = weights.bfloat16()
+        if by_row:
+            _add_product(row_grads[a][rows], weights, col_factors[m][cols])
+        if by_col:
+            _add_product(col_grads[m][cols], weights.T, row_factors[a][rows])
+
+
+class _Tiles:
+    """The order in which a panel's tiles are visited, and the logits of one tile."""
+
+    def __init__(self, panel):
+        self.panel = panel
+        like = panel.anchors.embeds[0]
         self.tile = TILE.get(like.device.type, TILE_ACCELERATOR)
         self.new_empty = like.new_empty
-        self.free()
-
-    def free(self):
-        """Give back the buffers; the next tile makes them anew."""
         self.buffers, self.hidden_of, self.repulsion_of = {}, None, None
 
     def __iter__(self):
-        """Yield (a, rows, m, cols): each wanted pair of entries once, its transposed left out.
+        """Yield (a, rows, m, cols): each wanted pair of entries once; of a symmetric panel, not its transposed again.
 
         All blocks of one pair of slices follow each other, so that they share masks and cached embeddings.
         """
-        slices = _even_slices(0, self.num_pairs, self.tile)
-        for index, rows in enumerate(slices):
-            for cols in slices[index:]:
-                for a, m in self.blocks:
-                    if a == m and rows == cols:
+        num_rows, num_cols = len(self.panel.anchors.embeds[0]), len(self.panel.candidates.embeds[0])
+        col_slices = _even_slices(0, num_cols, self.tile)
+        for index, rows in enumerate(_even_slices(0, num_rows, self.tile)):
+            for cols in col_slices[index if self.panel.symmetric else 0 :]:
+                on_diagonal = self.panel.symmetric and rows == cols
+                for a, m in self.panel.blocks:
+                    if a == m and on_diagonal:
                         parts = _even_slices(rows.start, rows.stop, -(-self.tile // DIAGONAL_PARTS))
                         for part, first in enumerate(parts):
                             for second in parts[part:]:
                                 yield a, first, a, second
                     else:
                         yield a, rows, m, cols
-                        if a != m and rows != cols:
-                            yield a, cols, m, rows
+                        if a != m and not on_diagonal:
+                            yield m, rows, a, cols
+
+    def is_own_transpose(self, a, rows, m, cols):
+        """Whether the tile's columns are its rows, so that they must not be counted twice."""
+        return self.panel.symmetric and (a, rows) == (m, cols)
+
+    def is_scaled_by_meaning(self, a, m):
+        return a == m and self.panel.anchors.semantic is not None
 
     def buffer(self, name, rows, cols):
         """Uninitialised (rows, cols) memory that stays the same from tile to tile."""
@@ -88,167 +219,42 @@ class _Walk:
             self.buffers[name] = self.new_empty(numel)
         return self.buffers[name][:numel].view(shape)
 
-    def logits(self, embeds, scale, a, rows, m, cols):
+    def logits(self, scale, a, rows, m, cols):
         """Tile of s·E_a E_mᵀ, -inf where the candidate is no negative; valid until the next call."""
+        anchors, candidates = self.panel.anchors.embeds[a][rows], self.panel.candidates.embeds[m][cols]
         tile = self.buffer("tile", rows, cols)
-        tile.addmm_(embeds[a][rows], embeds[m][cols].T, beta=0, alpha=scale)
-        if a == m and self.semantic is not None:
+        tile.addmm_(anchors, candidates.T, beta=0, alpha=scale)
+        if self.is_scaled_by_meaning(a, m):
             tile.mul_(self.repulsion(rows, cols))
-        if rows == cols:
+        if self.panel.symmetric and rows == cols:
             tile.fill_diagonal_(-torch.inf)
-        if self.labels and (hidden := self.hidden(rows, cols)) is not None:
+        if self.panel.anchors.labels and (hidden := self.hidden(rows, cols)) is not None:
             tile.masked_fill_(hidden, -torch.inf)
         return tile
 
     def hidden(self, rows, cols):
         """Bool tile: which pairs are alike by a label; None if known to be none."""
-        key = (rows, cols)
-        if self.hidden_of is None or self.hidden_of[0] not in (key, (cols, rows)):
-            hidden = self.labels[0][rows, None] == self.labels[0][None, cols]
-            for labels in self.labels[1:]:
-                hidden |= labels[rows, None] == labels[None, cols]
+        if self.hidden_of is None or self.hidden_of[0] != (rows, cols):
+            hidden = None
+            for anchors, candidates in zip(self.panel.anchors.labels, self.panel.candidates.labels):
+                alike = anchors[rows, None] == candidates[None, cols]
+                hidden = alike if hidden is None else hidden.logical_or_(alike)
             if hidden.device.type == "cpu" and not hidden.any():  # elsewhere asking costs more than masking
                 hidden = None
-            self.hidden_of = key, hidden
-        first, hidden = self.hidden_of
-        return hidden if hidden is None or first == key else hidden.T
+            self.hidden_of = (rows, cols), hidden
+        return self.hidden_of[1]
 
     def repulsion(self, rows, cols):
         """Tile of 1 − C with C the semantic cosines."""
         if self.repulsion_of is None or self.repulsion_of[0] != (rows, cols):
             tile = self.buffer("repulsion", rows, cols).fill_(1)
-            tile.addmm_(self.semantic[rows], self.semantic[cols].T, alpha=-1)
+            tile.addmm_(self.panel.anchors.semantic[rows], self.panel.candidates.semantic[cols].T, alpha=-1)
             self.repulsion_of = (rows, cols), tile
         return self.repulsion_of[1]
 
 
-class _BlockLogSumExp(torch.autograd.Function):
-    """`block_logsumexp`. With X = exp(S − c) and row sums z, g X/z is the gradient by the logits for g from above; a
-    tile serves [a, m] by its rows and [m, a] by its columns, so both gradients use W = X ∘ (g/z ⊕ (g/z)ᵀ)."""
-
-    @staticmethod
-    def forward(ctx, walk, bf16, cache_bytes, scale, *embeds):
-        with torch.autocast(scale.device.type, enabled=False):
-            ctx.walk, ctx.bf16, ctx.scale = walk, bf16, scale.item()
-            ctx.shift = _fixed_shift(ctx.scale, walk.num_pairs, scale.dtype)
-            cache_dtype = torch.bfloat16 if bf16 else scale.dtype
-            sums, cache = _shifted_sums(walk, embeds, ctx.scale, ctx.shift, cache_dtype, cache_bytes)
-            ctx.exact = not _all_safe(sums, walk.blocks)
-            if ctx.exact:
-                cache = []
-                negatives = saved = _online_logsumexp(walk, embeds, ctx.scale)
-            else:
-                negatives, saved = sums.log().add_(ctx.shift), sums
-            walk.free()
-            cosines = torch.zeros_like(negatives)
-            for a, m in combinations(range(len(embeds)), 2):
-                cosines[a, m] = torch.linalg.vecdot(embeds[a], embeds[m])
-            ctx.save_for_backward(saved, *embeds, *cache)
-            return negatives, cosines
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, from_negatives, from_cosines):
-        saved, *rest = ctx.saved_tensors
-        with torch.autocast(saved.device.type, enabled=False):
-            needs_scale, *needs = ctx.needs_input_grad[3:]
-            embeds, cache = rest[: len(needs)], rest[len(needs) :]
-            grads = [torch.zeros_like(x) if need or needs_scale else None for x, need in zip(embeds, needs)]
-            _add_weighted(ctx, from_negatives, saved, embeds, cache, grads)
-            from_scale = None
-            if needs_scale:  # Σ g dS/ds = Σ g S/s = <W E, E>/2, as W holds each entry of g in its row and in its column
-                from_scale = sum(torch.linalg.vecdot(grad, x).sum() for grad, x in zip(grads, embeds)) / 2
-            for own, grad in enumerate(grads):
-                if grad is None:
-                    continue
-                grad.mul_(ctx.scale)
-                for other in range(len(embeds)):
-                    if other != own:
-                        by_cosine = from_cosines[min(own, other), max(own, other), :, None]
-                        grad.addcmul_(by_cosine, embeds[other])
-            return None, None, None, from_scale, *(grad if need else None for grad, need in zip(grads, needs))
-
-
-def _fixed_shift(scale, num_pairs, dtype):
-    """Smallest c ≥ 0 for which N terms exp(s·cosine − c) cannot overflow; leaves the most room to small cosines."""
-    return max(0.0, scale - (math.log(torch.finfo(dtype).max) - 2 - math.log(num_pairs)))
-
-
-def _shifted_sums(walk, embeds, scale, shift, cache_dtype, cache_bytes):
-    """(M, M, N) sums of exp(S − shift) over the negatives, and the list of the first tiles, as many as fit."""
-    sums = embeds[0].new_zeros(len(embeds), len(embeds), walk.num_pairs)
-    cache = []
-    for a, rows, m, cols in walk:
-        tile = walk.logits(embeds, scale, a, rows, m, cols)
-        if shift:
-            tile.sub_(shift)
-        tile.exp_()
-        sums[a, m, rows] += tile.sum(1)
-        if (a, rows) != (m, cols):
-            sums[m, a, cols] += tile.sum(0)
-        cache_bytes -= tile.numel() * cache_dtype.itemsize
-        if cache_bytes >= 0:
-            if a == m and walk.semantic is not None:
-                tile.mul_(walk.repulsion(rows, cols))
-            cache.append(tile.to(cache_dtype, copy=True))
-    return sums, cache
-
-
-def _all_safe(sums, blocks):
-    """Whether no row sum overflowed, nor is so small that terms lost to underflow could matter (or has no negative)."""
-    limits = torch.finfo(sums.dtype)
-    sums = torch.stack([sums[pair] for a, m in blocks for pair in ((a, m), (m, a))])
-    return bool(((sums >= sums.shape[-1] * limits.tiny / limits.eps) & (sums <= limits.max)).all())
-
-
-def _online_logsumexp(walk, embeds, scale):
-    """(M, M, N) log-sum-exps over the negatives with a running maximum per row: for any input, at twice the exps."""
-    limits = torch.finfo(embeds[0].dtype)
-    peaks = embeds[0].new_full((len(embeds), len(embeds), walk.num_pairs), limits.min / 4)
-    sums = torch.zeros_like(peaks)
-    for a, rows, m, cols in walk:
-        tile = walk.logits(embeds, scale, a, rows, m, cols)
-        _add_online(peaks[a, m, rows], sums[a, m, rows], tile)
-        if (a, rows) != (m, cols):
-            _add_online(peaks[m, a, cols], sums[m, a, cols], tile.T)
-    return peaks + sums.clamp_min(limits.tiny).log()
-
-
-def _add_online(peaks, sums, tile):
-    new_peaks = torch.maximum(peaks, tile.amax(1))
-    sums.mul_((peaks - new_peaks).exp_()).add_((tile - new_peaks[:, None]).exp_().sum(1))
-    peaks.copy_(new_peaks)
-
-
-def _add_weighted(ctx, upstream, saved, embeds, cache, grads):
-    """Add W·E to the gradients that are not None."""
-    walk = ctx.walk
-    ratios = None if ctx.exact else upstream / saved  # g/z
-    factors = [x.bfloat16() for x in embeds] if ctx.bf16 else embeds
-    for index, (a, rows, m, cols) in enumerate(walk):
-        if grads[a] is None and grads[m] is None:
-            continue
-        weights = walk.buffer("weights", rows, cols)
-        cached = index < len(cache)
-        tile = cache[index] if cached else walk.logits(embeds, ctx.scale, a, rows, m, cols)
-        if ctx.exact:
-            torch.sub(tile, saved[a, m, rows, None], out=weights).exp_().mul_(upstream[a, m, rows, None])
-            weights.add_(tile.sub_(saved[m, a, cols]).exp_().mul_(upstream[m, a, cols]))
-        else:
-            if not cached:
-                if ctx.shift:
-                    tile.sub_(ctx.shift)
-                tile.exp_()
-            torch.add(ratios[a, m, rows, None], ratios[m, a, None, cols], out=weights).mul_(tile)
-        if a == m and walk.semantic is not None and not cached:
-            weights.mul_(walk.repulsion(rows, cols))
-        if ctx.bf16:
-            weights = weights.bfloat16()
-        if grads[a] is not None:
-            _add_product(grads[a][rows], weights, factors[m][cols])
-        if grads[m] is not None and (a, rows) != (m, cols):
-            _add_product(grads[m][cols], weights.T, factors[a][rows])
-    walk.free()
+def _add_log(out, more):
+    torch.logaddexp(out, more, out=out)
 
 
 def _add_product(out, left, right):

@@ -18,7 +18,7 @@ from modeling_gcl import alignclip_loss, contrastive_loss, gcl_loss
 
 from .callbacks import BrokenImagesCallback, DataEpochCallback, LogitScaleCallback
 from .data import BrokenImages
-from .distributed import RowShardedEncoder, gather_rows
+from .distributed import Processes, RowShardedEncoder
 
 
 class GCLTrainer(Trainer):
@@ -53,6 +53,7 @@ class GCLTrainer(Trainer):
             )
         self.args.eval_on_start = self.args.eval_on_start and self.eval_dataset is not None
         self.broken_images = BrokenImages(len(self.train_dataset or ()), max_broken_share)
+        self.processes = Processes(self.accelerator.device)
         self._terms = defaultdict(list)  # since the last log entry
         self.add_callback(DataEpochCallback)
         self.add_callback(LogitScaleCallback)
@@ -63,9 +64,9 @@ class GCLTrainer(Trainer):
         ids, caption_ids = inputs.pop("ids"), inputs.pop("caption_ids")
         self.broken_images.add(inputs.pop("broken"))
         output = model(**inputs, return_loss=False, return_dict=True)
-        embeds = [gather_rows(output[name]) for name in ("image_embeds", "text_embeds", "fused_embeds")]
-        ids = gather_rows(ids) if self.args.mask_equal_ids else None
-        caption_ids = gather_rows(caption_ids) if self.args.mask_equal_captions else None
+        embeds = [output[name] for name in ("image_embeds", "text_embeds", "fused_embeds")]
+        ids = ids if self.args.mask_equal_ids else None
+        caption_ids = caption_ids if self.args.mask_equal_captions else None
         try:
             loss, terms = self._loss(*embeds, output.logit_scale, ids=ids, caption_ids=caption_ids)
         except FloatingPointError as error:  # all ranks see the whole batch, so all stop
@@ -80,6 +81,7 @@ class GCLTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def _loss(self, image_embeds, text_embeds, fused_embeds, logit_scale, **labels):
+        labels["processes"] = self.processes
         if self.args.loss == "cl":
             return contrastive_loss(image_embeds, text_embeds, logit_scale, return_terms=True, **labels)
         if self.args.loss == "alignclip":

@@ -9,7 +9,7 @@ import sys
 import torch
 from training_runs import make_pairs, make_trainer
 
-from training.distributed import RowShardedEncoder, gather_rows, world_size
+from training.distributed import RowShardedEncoder, world_size
 
 LOSSES = {
     "gcl": {"loss": "gcl"},
@@ -34,7 +34,6 @@ def main(out, total_batch):
         results[name]["loss"] = torch.tensor(trainer.state.log_history[0]["loss"])
     rows = ["a red dog", "a cat", "the blue bird flies", "one house", "grass"]
     results["encode"] = RowShardedEncoder(trainer.model).encode(rows, processor=trainer.processing_class)
-    assert torch.equal(gather_rows(torch.ones(2, 1)), torch.ones(2 * expected, 1))
     if trainer.is_world_process_zero():
         torch.save(results, out)
     trainer.accelerator.wait_for_everyone()

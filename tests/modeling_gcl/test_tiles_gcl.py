@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_gcl import alignclip_loss, contrastive_loss, gcl_loss, tiles_gcl
-from modeling_gcl.tiles_gcl import block_logsumexp
+from modeling_gcl.logsumexp_gcl import block_logsumexp
 
 EVERY_BLOCK = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (2, 2)]
 
