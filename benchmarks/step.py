@@ -5,7 +5,7 @@
 
 The step is `GCLTrainer.training_step` (towers, loss, backward; no optimiser), in float32, of a CLIP ViT-B/32 with
 random weights on images of 96 pixels and texts of 16 tokens, on one process and on several under torchrun that share
-the machine and the batch. The shared loss alone is measured with one thread per process, as time of the slowest process:
+the machine and the batch. The shared loss alone is measured with one thread per process, as time of the slowest one:
 rows gathered by all, and the half ring. Gates: GradCache's gradient is that of the plain step; a process's gradient of
 the shared loss is that of the whole batch in float64.
 """
@@ -31,6 +31,7 @@ from benchmarks.protocol import (  # noqa: E402
     summarise,
     write_result,
 )
+from benchmarks.scaling import loss_flops  # noqa: E402
 from modeling_gcl import GCLModel, gcl_loss  # noqa: E402
 from training.arguments import GCLTrainingArguments  # noqa: E402
 from training.distributed import Processes, world_size  # noqa: E402
@@ -277,7 +278,7 @@ def main():
         lambda name: run(ways[name][0], 1, half_ring=ways[name][1] == "half_ring", **task), ways, arguments.rounds
     )
     for name, (processes, way) in ways.items():
-        flops = (54 if processes > 1 and way == "gather" else 36) * arguments.pairs**2 * arguments.dim / processes
+        flops = loss_flops(arguments.pairs, processes, arguments.dim, half_ring=way == "half_ring")
         row = summarise(series[name], {"1 process": series["1 process"]}, flops)
         result["shared_loss"][name] = {"processes": processes, "way": way, "expected_flops": flops} | row
     print("shared loss", json.dumps(result["shared_loss"]), flush=True)
