@@ -31,8 +31,11 @@ LABELS = {  # of the variants, in the order of tables, colours and markers
     "memeff_three_times": "memeff × 3",
     "inf_cl_three_times": "inf-cl × 3",
 }
-COLOURS = ("#0072B2", "#009E73", "#56B4E9", "#E69F00", "#D55E00", "#CC79A7", "#000000", "#999999")
-MARKERS = ("o", "s", "v", "D", "^", "P", "X", "*")
+COLOURS = (  # Okabe and Ito's, then greys and a brown
+    "#0072B2", "#009E73", "#56B4E9", "#E69F00", "#D55E00", "#CC79A7", "#000000", "#777777", "#BBBBBB", "#8C510A",
+    "#C7A500",
+)  # fmt: skip
+MARKERS = ("o", "s", "v", "D", "^", "P", "X", "*", "h", "<", ">")
 
 
 def load(folder):
@@ -112,9 +115,9 @@ def answers(results):
     return "\n".join(lines) + "\n"
 
 
-def loss_table(results):
-    """Seconds, and megabytes of peak beyond E and dE, by variant and number of pairs."""
-    sizes = results["loss"]["sizes"]
+def loss_table(result):
+    """Seconds, peak beyond E and dE, and seconds by those of the tiles, by variant and number of pairs."""
+    sizes = result["sizes"]
     lines = [f"| N = | {' | '.join(f'{int(n):,}' for n in sizes)} |", "|---|" + "---:|" * len(sizes)]
     for name, label in LABELS.items():
         if not any(name in rows for rows in sizes.values()):
@@ -129,11 +132,22 @@ def loss_table(results):
             cell = f"{_seconds(row['seconds']['median'])}, {_size(row['bytes']['median'])}"
             cells.append(cell + (f", **{ratio['median']:.2f}**" if ratio else ""))
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    lines += ["", _measured(results["loss"])]
-    left_out = results["loss"]["not_installed"]
-    if left_out:
-        lines.append(f"Not installed, left out: {', '.join(left_out)}.")
+    lines += ["", _measured(result)]
+    if result["not_installed"]:
+        lines.append(f"Not installed, left out: {', '.join(result['not_installed'])}.")
     return "\n".join(lines) + "\n"
+
+
+def gpu_tables(results):
+    """A table for each file of `loss.py --device cuda`."""
+    tables = [
+        f"D = {result['dim']}:\n\n{loss_table(result)}"
+        for name, result in results.items()
+        if name.startswith("loss-cuda")
+    ]
+    return "\n".join(tables) or (
+        "On GPUs: not timed yet. `python benchmarks/loss.py --device cuda` does it, against memeff and inf-cl too.\n"
+    )
 
 
 def step_table(results):
@@ -194,11 +208,14 @@ def assumptions(results):
 
 
 def pipeline_table(results):
-    rows = results["pipeline"]["preprocessing"]
-    lines = ["| | images per second and core | by the HF processor |", "|---|---:|---:|"]
-    for name, row in rows.items():
-        ratio = _spread(row["ratio"]) if "ratio" in row else ""
-        lines.append(f"| {name} | {row['images_per_second']['median']:.0f} | {ratio} |")
+    lines = [
+        "| images, from JPEG to pixels | per second and core | seconds by the image processor's |",
+        "|---|---:|---:|",
+    ]
+    for name, row in results["pipeline"]["data"]["made"]["images"].items():
+        speed = f"{row['images_per_second']['median']:.0f}" if "images_per_second" in row else "unsteady"
+        ratio = row.get("ratio_to", {}).get("processor_on_pil")
+        lines.append(f"| {name.replace('_', ' ')} | {speed} | {_spread(ratio) if ratio else '–'} |")
     return "\n".join([*lines, "", _measured(results["pipeline"])]) + "\n"
 
 
@@ -209,7 +226,8 @@ def plot_link(results):
 BLOCKS = {  # name: (the benchmark it needs, or None, and what makes it)
     "answers": ("loss", answers),
     "goals": (None, goals),
-    "loss": ("loss", loss_table),
+    "loss": ("loss", lambda results: loss_table(results["loss"])),
+    "gpu": (None, gpu_tables),
     "plot": ("loss", plot_link),
     "step": ("step", step_table),
     "shared": ("step", shared_table),
@@ -222,9 +240,8 @@ BLOCKS = {  # name: (the benchmark it needs, or None, and what makes it)
 def _spread(found):
     if not isinstance(found, dict):
         return f"{found:.3f}"
-    if found["min"] == found["max"]:
-        return f"{found['median']:.2f}"
-    return f"{found['median']:.2f} ({found['min']:.2f}–{found['max']:.2f})"
+    median, low, high = (f"{found[name]:.2f}" for name in ("median", "min", "max"))
+    return median if low == high else f"{median} ({low}–{high})"
 
 
 def _row(row, reference):

@@ -68,6 +68,14 @@ def test_the_table_shows_medians_ratios_and_what_was_not_steady():
     assert "torch 2.13.0" in made and "datasets" not in made and "left out: x" in made
 
 
+def test_gpus_are_not_timed_until_they_are():
+    assert "not timed yet" in report.render(PAGE.format("gpu", "gpu"), {})
+    timed = loss_result() | {"device": "cuda", "dim": 768}
+    timed["environment"]["gpus"] = ["A GPU"]
+    made = report.render(PAGE.format("gpu", "gpu"), {"loss-cuda-768": timed})
+    assert "D = 768:" in made and "| tiles | 200 ms" in made and ": A GPU, " in made and "not timed" not in made
+
+
 def test_goals_are_judged_by_the_median_and_missing_ones_are_not():
     made = report.render(PAGE.format("goals", "goals"), {"loss": loss_result()})
     lines = {line.split(" | ")[0].strip("| "): line for line in made.splitlines() if line.startswith("|")}
