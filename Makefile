@@ -37,7 +37,7 @@ bench: $(VENV)/installed  ## measure speed and memory against peers (half an hou
 	$(BIN)/pip install --quiet -c constraints-cpu.txt -e ".[bench]"
 	$(BIN)/python benchmarks/loss.py --threads $(THREADS)
 	$(BIN)/python benchmarks/step.py --threads $(THREADS)
-	$(BIN)/python benchmarks/pipeline.py
+	$(BIN)/python benchmarks/pipeline.py --rounds 3
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/report.py
 

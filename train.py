@@ -21,6 +21,7 @@ from publishing.environment import collect_environment, command_line
 from publishing.hub_folder import write_hub_folder
 from publishing.model_card import CardFacts, DataSource
 from training.data import PairCollator, build_dataset
+from training.failures import failing_together, stop
 from training.freezing import freeze_parts, parameter_counts, parameter_table
 from training.recipe import parse_recipe
 from training.sources import read_source
@@ -28,8 +29,8 @@ from training.trainer import GCLTrainer, headline_metrics
 
 CARD_ARGUMENTS = (
     "loss", "denominator", "intra_modality", "direction_weights", "num_train_epochs", "per_device_train_batch_size",
-    "world_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
-    "max_grad_norm", "bf16", "fp16",
+    "world_size", "gradient_accumulation_steps", "grad_cache_chunk", "effective_batch_size",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16",
 )  # fmt: skip
 
 
@@ -90,10 +91,11 @@ def main(argv):
         environment = collect_environment()  # now: the checkout may move on while this runs
         trainer, train_reports, eval_report = build_trainer(recipe)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        stop(error)
     arguments = recipe.training
     if trainer.is_world_process_zero():
         print(parameter_table(trainer.model))
+        print(f"batch: {trainer.batch_plan.line()}")
         for report in train_reports:
             print(f"train: {report.line()}")
         if eval_report is not None:
@@ -105,13 +107,14 @@ def main(argv):
         # on_start is done: Trainer would evaluate a second time
         arguments.eval_on_start = False
         trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+        weights = trainer.accelerator.get_state_dict(trainer.model)  # on every rank: sharded ones are gathered
         if trainer.is_world_process_zero():  # before anything else can fail
-            trainer.model.save_pretrained(folder)
+            trainer.model.save_pretrained(folder, state_dict=weights)
             trainer.processing_class.save_pretrained(folder)
         broken_images = trainer.gather_broken_images()
         after = evaluate(trainer) if evaluated else None
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
+        stop(error)
     if trainer.is_world_process_zero():
         results = write_results(
             folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment
@@ -224,4 +227,5 @@ def report_to_user(folder, results, seconds):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with failing_together():
+        main(sys.argv[1:])

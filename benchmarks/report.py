@@ -20,6 +20,7 @@ MARKED = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 NOT_MEASURED = "*Not measured yet: `make bench`.*\n"
 LABELS = {  # of the variants, in the order of tables, colours and markers
     "tiles": "tiles",
+    "tiles_of_pytorch": "tiles, without Triton",
     "tiles_bf16": "tiles, bf16",
     "tiles_bf16_cache": "tiles, bf16, half kept",
     "tiles_bf16_all_kept": "tiles, bf16, all kept",
@@ -33,9 +34,9 @@ LABELS = {  # of the variants, in the order of tables, colours and markers
 }
 COLOURS = (  # Okabe and Ito's, then greys and a brown
     "#0072B2", "#009E73", "#56B4E9", "#E69F00", "#D55E00", "#CC79A7", "#000000", "#777777", "#BBBBBB", "#8C510A",
-    "#C7A500",
+    "#C7A500", "#5E3C99",
 )  # fmt: skip
-MARKERS = ("o", "s", "v", "D", "^", "P", "X", "*", "h", "<", ">")
+MARKERS = ("o", "s", "v", "D", "^", "P", "X", "*", "h", "<", ">", "p")
 
 
 def load(folder):

@@ -17,7 +17,7 @@ MODALITIES = 3
 ASSUMED = {
     "flops_per_second": 400e12,  # of one GPU: 40 % of an H100's 989e12 in bfloat16
     "bytes_per_second": 40e9,  # that one GPU receives: 80 % of a 400 Gb/s link
-    "bytes_per_number": 4,  # embeddings travel in float32
+    "bytes_per_number": 2,  # embeddings in bfloat16; in float32, as without autocast, 4
 }
 
 
@@ -32,30 +32,34 @@ def clip_vit_b32_flops(text_tokens=77):
     return embedding + transformer(12, 768, patches + 1) + transformer(12, 512, text_tokens)
 
 
-def loss_flops(num_pairs, processes, dim, half_ring=False):
-    """Of one process, forward and backward. Of n = N/W rows: 36 n²D among themselves; 54 n²D with those of another
-    process, seen from one side only; 72 n²D from both sides, which the half ring computes for half of the others (and
-    once from one side, if their number is odd)."""
+def loss_flops(num_pairs, processes, dim, half_ring=False, kernels=False):
+    """Of one process, forward and backward, for its n = N/W rows.
+
+    The tiles need 36 n²D among themselves (symmetric); 54 n²D with the rows of another process, seen from one side; 72
+    n²D from both sides, which the half ring computes for half of the others (and once from one side, if their number is
+    odd). The GPU kernels see rows alone: 54 n²D for a side, their own too, 108 for both.
+    """
     n, others = num_pairs / processes, processes - 1
     two_sided = others // 2 if half_ring else 0
     one_sided = others - 2 * two_sided
-    return (36 + 72 * two_sided + 54 * one_sided) * n**2 * dim
+    own, both = (54, 108) if kernels else (36, 72)
+    return (own + both * two_sided + 54 * one_sided) * n**2 * dim
 
 
 def exchanged_bytes(num_pairs, processes, dim, bytes_per_number, half_ring=False):
     """Received by one process: the embeddings of all others once; in the half ring those of half of them, forward and
-    again backward, and as many rows of gradients. Sums of exponentials (9 numbers a pair) are left out."""
-    others = MODALITIES * num_pairs * dim * bytes_per_number * (processes - 1) / processes
-    return 1.5 * others if half_ring else others
+    again backward, and as many rows of gradients in float32. Sums of exponentials (9 numbers a pair) are left out."""
+    numbers = MODALITIES * num_pairs * dim * (processes - 1) / processes
+    return numbers * (bytes_per_number + 4 / 2 if half_ring else bytes_per_number)
 
 
-def loss_memory(num_pairs, processes, dim, half_ring=False):
-    """Bytes of one process beyond its own embeddings and their gradients, float32, tiles left out: the rows of all; in
-    the half ring visitors, those that follow, and a gradient for and from them."""
-    own = MODALITIES * num_pairs / processes * dim * 4
+def loss_memory(num_pairs, processes, dim, bytes_per_number, half_ring=False):
+    """Bytes of one process for others' rows, tiles left out: the rows of all; in the half ring visitors, those that
+    follow, and float32 gradients for them and from others."""
+    own = MODALITIES * num_pairs / processes * dim
     if processes == 1:
         return 0.0
-    return 4 * own if half_ring else processes * own
+    return own * (2 * bytes_per_number + 2 * 4 if half_ring else processes * bytes_per_number)
 
 
 def predict(
@@ -68,14 +72,15 @@ def predict(
         `dict`: seconds of `encoder` (forward and backward, without GradCache), `loss` and `exchange`; `loss_share` of
         the last two in all three; `memory`: bytes of the loss on one GPU.
     """
-    options = {"half_ring": half_ring}
+    shape = num_pairs, processes, dim
+    received = exchanged_bytes(*shape, bytes_per_number, half_ring)
     seconds = {
         "encoder": 3 * encoder_flops * num_pairs / processes / flops_per_second,
-        "loss": loss_flops(num_pairs, processes, dim, **options) / flops_per_second,
-        "exchange": exchanged_bytes(num_pairs, processes, dim, bytes_per_number, **options) / bytes_per_second,
+        "loss": loss_flops(*shape, half_ring, kernels=True) / flops_per_second,
+        "exchange": received / bytes_per_second,
     }
     share = 1 - seconds["encoder"] / sum(seconds.values())
-    return {**seconds, "loss_share": share, "memory": loss_memory(num_pairs, processes, dim, **options)}
+    return {**seconds, "loss_share": share, "memory": loss_memory(*shape, bytes_per_number, half_ring)}
 
 
 def main():

@@ -4,6 +4,7 @@ Notable features:
 - memory O(N·D): the logits exist only tile by tile (`tiles_gcl`);
 - a fixed shift instead of a running maximum, with exact log-sum-exps as fallback where the shift underflows;
 - the gradient of the scale falls out of the embeddings' gradient;
+- on NVIDIA GPUs Triton kernels take the place of the tiles (`triton_gcl`);
 - several processes: each sums over its own anchors, the sums are gathered, and every process then holds all that the
   gradient of its own rows needs. No gradient is communicated. With `half_ring` not even the embeddings are gathered.
 """
@@ -15,6 +16,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .tiles_gcl import Pairs, Panel, TileCache, add_logsumexps, add_sums, add_weighted, add_weighted_by_logs, replay
+from .triton_gcl import add_sums as add_sums_by_kernel
+from .triton_gcl import add_weighted as add_weighted_by_kernel
+from .triton_gcl import supports as kernels_support
 
 
 class OneProcess:
@@ -57,6 +61,21 @@ class OneProcess:
         return lambda: tensors
 
 
+def working_dtypes(embeds):
+    """
+    Precision of the losses of these embeddings.
+
+    Returns:
+        `tuple[torch.dtype, torch.dtype]`: of the embeddings, and of logits and sums. Both float64 if an embedding is;
+        else float32, but embeddings of half precision stay as they are where kernels multiply them exactly.
+    """
+    dtypes = {x.dtype for x in embeds}
+    if torch.float64 in dtypes:
+        return torch.float64, torch.float64
+    keep = len(dtypes) == 1 and all(kernels_support(x) for x in embeds)
+    return embeds[0].dtype if keep else torch.float32, torch.float32
+
+
 def block_logsumexp(
     embeds, scale, blocks, *, labels=(), semantic=None, bf16=False, cache_bytes=0, processes=None, sizes=None
 ):
@@ -66,16 +85,17 @@ def block_logsumexp(
         negatives[a, m, j] = log Σ_{k≠j} exp(s e_a^j·e_m^k),   cosines[a, m, j] = e_a^j·e_m^j  (a < m)
 
     Cost for each block in N²D multiply-adds counted twice: 8 for a < m (it yields [a, m] and [m, a]), 4 for a = m. On
-    W processes each has 1/W of it with `half_ring`; otherwise 12 and 6 N²D/W, less what symmetry saves in its own rows.
+    W processes each has 1/W of it with `half_ring` (and for even W half an n² block more); otherwise 12 and 6 N²D/W,
+    less what symmetry saves among its own n = N/W rows.
 
     Args:
-        embeds (sequence of M `torch.Tensor` of shape `(n, D)`): this process's rows, all float32 or all float64, on one
-            device. Rows need not be of unit norm, but far from it the slower fallback runs.
-        scale (`torch.Tensor` scalar): s, of the embeddings' dtype and on their device.
+        embeds (sequence of M `torch.Tensor` of shape `(n, D)`): this process's rows, on one device and of the first of
+            `working_dtypes`. Rows need not be of unit norm, but far from it the slower fallback runs.
+        scale (`torch.Tensor` scalar): s, of the second of `working_dtypes`, on the same device.
         blocks (sequence of `(a, m)` with `a <= m`): the blocks to compute.
         labels (sequence of `torch.Tensor` of shape `(n,)`): pairs equal in any of them are not each other's negatives.
-        semantic (`torch.Tensor` of shape `(n, S)`, *optional*): unit rows c. In blocks a = m the similarity e_a^j·e_a^k
-            is then multiplied by 1 − c^j·c^k. Without gradient.
+        semantic (`torch.Tensor` of shape `(n, S)`, *optional*): unit rows c, of the scale's dtype. In blocks a = m the
+            similarity e_a^j·e_a^k is then multiplied by 1 − c^j·c^k. Without gradient.
         bf16 (`bool`): the gradient's products, and the cached tiles, in bfloat16. The result itself is not affected.
         cache_bytes (`int`): memory for tiles kept from forward to backward, which need not be computed again.
         processes (*optional*): who shares the batch, as [`OneProcess`] describes it; each has n of the N pairs.
@@ -88,9 +108,10 @@ def block_logsumexp(
         own rows times the number of processes, and a share of the scale's such that the mean over processes is the
         whole gradient: what DistributedDataParallel and FSDP make of it, by averaging, is the gradient of the loss.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or kernels_support(embeds[0]):
         cache_bytes = 0
     processes = processes or OneProcess()
+    embeds = [x.contiguous() for x in embeds]
     work = _Work(Pairs(tuple(embeds), tuple(labels), semantic), blocks, processes, sizes or [len(embeds[0])])
     return _BlockLogSumExp.apply(work, bf16, cache_bytes, scale, *embeds)
 
@@ -163,16 +184,16 @@ class _BlockLogSumExp(torch.autograd.Function):
             ctx.shift = _fixed_shift(ctx.scale, work.num_pairs, scale.dtype)
             cache = TileCache(cache_bytes, torch.bfloat16 if bf16 else scale.dtype)
             everyone = []
-            sums = _sums(work, ctx.scale, ctx.shift, cache, everyone)
+            sums = _sums(work, ctx.scale, ctx.shift, scale.dtype, cache, everyone)
             ctx.exact = not _all_safe(sums, work.blocks)
             if ctx.exact:
                 cache.tiles.clear()
-                negatives = saved = _logsumexps(work, ctx.scale, everyone)
+                negatives = saved = _logsumexps(work, ctx.scale, scale.dtype, everyone)
             else:
                 negatives, saved = sums.log().add_(ctx.shift), sums
-            cosines = torch.zeros_like(embeds[0][:, 0]).expand(len(embeds), len(embeds), -1).clone()
+            cosines = scale.new_zeros(len(embeds), len(embeds), len(embeds[0]))
             for a, m in combinations(range(len(embeds)), 2):
-                cosines[a, m] = torch.linalg.vecdot(embeds[a], embeds[m])
+                cosines[a, m] = torch.linalg.vecdot(embeds[a].to(scale.dtype), embeds[m].to(scale.dtype))
             ctx.num_gathered = len(everyone)
             ctx.save_for_backward(saved, *embeds, *everyone, *cache.tiles)
             return negatives, _rows_last(work.gather(_rows_first(cosines)))
@@ -186,11 +207,16 @@ class _BlockLogSumExp(torch.autograd.Function):
             needs_scale, *needs = ctx.needs_input_grad[3:]
             embeds, rest = rest[: len(needs)], rest[len(needs) :]
             everyone, cached = rest[: ctx.num_gathered], rest[ctx.num_gathered :]
-            grads = [torch.zeros_like(x) if need or needs_scale else None for x, need in zip(embeds, needs)]
+            grads = [
+                torch.zeros_like(x, dtype=saved.dtype) if need or needs_scale else None
+                for x, need in zip(embeds, needs)
+            ]
             _add_gradients(ctx, from_negatives, saved, everyone, cached, grads)
             from_scale = None
             if needs_scale:  # Σ g dS/ds = Σ g S/s = <W E, E>/2, as W holds each entry of g in its row and in its column
-                from_scale = sum(torch.linalg.vecdot(grad, x).sum() for grad, x in zip(grads, embeds)) / 2
+                from_scale = (
+                    sum(torch.linalg.vecdot(grad, x.to(grad.dtype)).sum() for grad, x in zip(grads, embeds)) / 2
+                )
                 from_scale = from_scale * work.processes.size
             for own, grad in enumerate(grads):
                 if grad is None:
@@ -201,7 +227,8 @@ class _BlockLogSumExp(torch.autograd.Function):
                         by_cosine = from_cosines[min(own, other), max(own, other), work.rows, None]
                         grad.addcmul_(by_cosine, embeds[other])
                 grad.mul_(work.processes.size)
-            return None, None, None, from_scale, *(grad if need else None for grad, need in zip(grads, needs))
+            grads = (grad.to(x.dtype) if need else None for grad, x, need in zip(grads, embeds, needs))
+            return None, None, None, from_scale, *grads
 
 
 def _fixed_shift(scale, num_pairs, dtype):
@@ -209,33 +236,41 @@ def _fixed_shift(scale, num_pairs, dtype):
     return max(0.0, scale - (math.log(torch.finfo(dtype).max) - 2 - math.log(num_pairs)))
 
 
-def _sums(work, scale, shift, cache, everyone):
+def _sums(work, scale, shift, dtype, cache, everyone):
     """(M, M, N) sums of exp(S − shift) over the negatives of all anchors."""
-    m = len(work.own.embeds)
-    sums = work.own.embeds[0].new_zeros(m, m, len(work.own.embeds[0]))
+    sums = _of_each_anchor(work, 0.0, dtype)
     for panel, rows, distance in work.panels(everyone):
         theirs = sums if panel.symmetric else None
         if distance is not None:
-            theirs = sums.new_zeros(m, m, rows.stop - rows.start)
-        add_sums(panel, scale, shift, sums, theirs, cache)
+            theirs = sums.new_zeros(*sums.shape[:2], rows.stop - rows.start)
+        if kernels_support(panel.rows[0]):
+            add_sums_by_kernel(panel, scale, shift, sums)
+            if distance is not None:
+                add_sums_by_kernel(panel.transposed(), scale, shift, theirs)
+        else:
+            add_sums(panel, scale, shift, sums, theirs, cache)
         if distance is not None:
             sums += _rows_last(work.send_back([_rows_first(theirs)], distance)[0])
     return _rows_last(work.gather(_rows_first(sums)))
 
 
-def _logsumexps(work, scale, everyone):
+def _logsumexps(work, scale, dtype, everyone):
     """(M, M, N) log-sum-exps over the negatives of all anchors, for any input."""
-    m = len(work.own.embeds)
-    logs = work.own.embeds[0].new_full((m, m, len(work.own.embeds[0])), -torch.inf)
+    logs = _of_each_anchor(work, -torch.inf, dtype)
     for panel, rows, distance in work.panels(everyone):
         theirs = logs if panel.symmetric else None
         if distance is not None:
-            theirs = logs.new_full((m, m, rows.stop - rows.start), -torch.inf)
-        add_logsumexps(panel, scale, logs, theirs)
+            theirs = logs.new_full((*logs.shape[:2], rows.stop - rows.start), -torch.inf)
+        add_logsumexps(panel.cast(dtype), scale, logs, theirs)
         if distance is not None:
             logs = torch.logaddexp(logs, _rows_last(work.send_back([_rows_first(theirs)], distance)[0]))
     logs.clamp_min_(torch.finfo(logs.dtype).min / 4)
     return _rows_last(work.gather(_rows_first(logs)))
+
+
+def _of_each_anchor(work, value, dtype):
+    embeds = work.own.embeds
+    return embeds[0].new_full((len(embeds), len(embeds), len(embeds[0])), value, dtype=dtype)
 
 
 def _all_safe(sums, blocks):
@@ -253,13 +288,18 @@ def _add_gradients(ctx, above, saved, everyone, cached, grads):
     for panel, rows, distance in work.panels(everyone):
         theirs = grads if panel.symmetric else None
         if distance is not None:
-            theirs = [None if g is None else torch.zeros_like(x) for g, x in zip(grads, panel.candidates.embeds)]
+            theirs = [None if g is None else g.new_zeros(x.shape) for g, x in zip(grads, panel.cols)]
         if ctx.exact:
             logs_above = saved[..., work.rows], saved[..., rows], above[..., work.rows], above[..., rows]
-            add_weighted_by_logs(panel, ctx.scale, *logs_above, grads, theirs, ctx.bf16)
+            add_weighted_by_logs(panel.cast(saved.dtype), ctx.scale, *logs_above, grads, theirs, ctx.bf16)
         else:
-            both = ratios[..., work.rows], ratios[..., rows]
-            add_weighted(panel, ctx.scale, ctx.shift, *both, grads, theirs, cached, ctx.bf16)
+            mine, others = ratios[..., work.rows], ratios[..., rows]
+            if kernels_support(panel.rows[0]):
+                add_weighted_by_kernel(panel, ctx.scale, ctx.shift, mine, others, grads, ctx.bf16)
+                if distance is not None:
+                    add_weighted_by_kernel(panel.transposed(), ctx.scale, ctx.shift, others, mine, theirs, ctx.bf16)
+            else:
+                add_weighted(panel, ctx.scale, ctx.shift, mine, others, grads, theirs, cached, ctx.bf16)
         if distance is not None:
             wanted = [g for g in grads if g is not None]
             for grad, more in zip(wanted, work.send_back([t for t in theirs if t is not None], distance)):

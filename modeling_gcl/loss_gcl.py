@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from .logsumexp_gcl import OneProcess, block_logsumexp
+from .logsumexp_gcl import OneProcess, block_logsumexp, working_dtypes
 
 MODALITIES = {"i": "image_embeds", "t": "text_embeds", "it": "fused_embeds"}
 DIRECTIONS = ("i->t", "t->i", "i->it", "it->i", "t->it", "it->t")
@@ -193,9 +193,9 @@ class _Batch:
     def _take(self, embeds, logit_scale):
         """Check the arguments of this process and bring them to full precision."""
         _check_shapes(embeds, self.labels)
-        dtype = torch.float64 if any(x.dtype == torch.float64 for x in embeds.values()) else torch.float32
+        dtype, full = working_dtypes(list(embeds.values()))
         self.embeds = [x.to(dtype) for x in embeds.values()]
-        self.scale = torch.as_tensor(logit_scale, dtype=dtype, device=self.embeds[0].device)
+        self.scale = torch.as_tensor(logit_scale, dtype=full, device=self.embeds[0].device)
         if self.scale.numel() != 1:
             raise ValueError(f"logit_scale must be one number, got shape {tuple(self.scale.shape)}")
         self.scale = self.scale.reshape(())
@@ -249,7 +249,7 @@ def _unit_semantic(semantic, like):
             f"semantic_embeds must be ({len(like)}, S) on {like.device}, one row per pair, got "
             f"{tuple(semantic.shape)} on {semantic.device}"
         )
-    semantic = semantic.detach().to(like.dtype)
+    semantic = semantic.detach().to(torch.promote_types(like.dtype, torch.float32))
     norms = torch.linalg.vector_norm(semantic, dim=-1, keepdim=True)
     bad = ~((norms > 0) & norms.isfinite())
     if bad.any():
@@ -294,7 +294,10 @@ def _check_shapes(embeds, labels):
 
 def _check_values(embeds, scale):
     """One pass over the rows' norms and one transfer from the device; NaN and infinity show in the norm."""
-    norms = {name: torch.linalg.vector_norm(x.detach(), dim=-1) for name, x in embeds.items()}
+    norms = {
+        name: torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+        for name, x in embeds.items()
+    }
     worst = torch.stack([*((x - 1).abs().amax() for x in norms.values()), scale.detach()])
     *deviations, scale = worst.tolist()
     if not math.isfinite(scale):

@@ -52,12 +52,20 @@ class Panel:
 
     def __init__(self, anchors, candidates, blocks, symmetric=False):
         self.anchors, self.candidates = anchors, candidates
+        self.rows, self.row_labels, self.row_semantic = anchors
+        self.cols, self.col_labels, self.col_semantic = candidates
         self.blocks, self.symmetric = blocks, symmetric
 
-    @property
     def transposed(self):
         """The same rectangle with anchors and candidates exchanged."""
         return Panel(self.candidates, self.anchors, self.blocks, self.symmetric)
+
+    def cast(self, dtype):
+        """The same rectangle with embeddings of another dtype."""
+        sides = (
+            side._replace(embeds=tuple(x.to(dtype) for x in side.embeds)) for side in (self.anchors, self.candidates)
+        )
+        return Panel(*sides, self.blocks, self.symmetric)
 
 
 class TileCache:
@@ -151,9 +159,7 @@ def add_weighted_by_logs(panel, scale, row_logs, col_logs, row_above, col_above,
 def _add_products(panel, scale, weigh, row_grads, col_grads, cached, bf16):
     """Walk the panel, let `weigh` fill W of each tile, and add its products to the gradients."""
     tiles = _Tiles(panel)
-    row_factors, col_factors = (
-        [x.bfloat16() if bf16 else x for x in p.embeds] for p in (panel.anchors, panel.candidates)
-    )
+    row_factors, col_factors = ([x.bfloat16() if bf16 else x for x in side] for side in (panel.rows, panel.cols))
     for a, rows, m, cols in tiles:
         tile = next(cached)
         by_row = row_grads[a] is not None
@@ -178,7 +184,7 @@ class _Tiles:
 
     def __init__(self, panel):
         self.panel = panel
-        like = panel.anchors.embeds[0]
+        like = panel.rows[0]
         self.tile = TILE.get(like.device.type, TILE_ACCELERATOR)
         self.new_empty = like.new_empty
         self.buffers, self.hidden_of, self.repulsion_of = {}, None, None
@@ -188,7 +194,7 @@ class _Tiles:
 
         All blocks of one pair of slices follow each other, so that they share masks and cached embeddings.
         """
-        num_rows, num_cols = len(self.panel.anchors.embeds[0]), len(self.panel.candidates.embeds[0])
+        num_rows, num_cols = len(self.panel.rows[0]), len(self.panel.cols[0])
         col_slices = _even_slices(0, num_cols, self.tile)
         for index, rows in enumerate(_even_slices(0, num_rows, self.tile)):
             for cols in col_slices[index if self.panel.symmetric else 0 :]:
@@ -209,7 +215,7 @@ class _Tiles:
         return self.panel.symmetric and (a, rows) == (m, cols)
 
     def is_scaled_by_meaning(self, a, m):
-        return a == m and self.panel.anchors.semantic is not None
+        return a == m and self.panel.row_semantic is not None
 
     def buffer(self, name, rows, cols):
         """Uninitialised (rows, cols) memory that stays the same from tile to tile."""
@@ -221,14 +227,14 @@ class _Tiles:
 
     def logits(self, scale, a, rows, m, cols):
         """Tile of s·E_a E_mᵀ, -inf where the candidate is no negative; valid until the next call."""
-        anchors, candidates = self.panel.anchors.embeds[a][rows], self.panel.candidates.embeds[m][cols]
+        anchors, candidates = self.panel.rows[a][rows], self.panel.cols[m][cols]
         tile = self.buffer("tile", rows, cols)
         tile.addmm_(anchors, candidates.T, beta=0, alpha=scale)
         if self.is_scaled_by_meaning(a, m):
             tile.mul_(self.repulsion(rows, cols))
         if self.panel.symmetric and rows == cols:
             tile.fill_diagonal_(-torch.inf)
-        if self.panel.anchors.labels and (hidden := self.hidden(rows, cols)) is not None:
+        if self.panel.row_labels and (hidden := self.hidden(rows, cols)) is not None:
             tile.masked_fill_(hidden, -torch.inf)
         return tile
 
@@ -236,7 +242,7 @@ class _Tiles:
         """Bool tile: which pairs are alike by a label; None if known to be none."""
         if self.hidden_of is None or self.hidden_of[0] != (rows, cols):
             hidden = None
-            for anchors, candidates in zip(self.panel.anchors.labels, self.panel.candidates.labels):
+            for anchors, candidates in zip(self.panel.row_labels, self.panel.col_labels):
                 alike = anchors[rows, None] == candidates[None, cols]
                 hidden = alike if hidden is None else hidden.logical_or_(alike)
             if hidden.device.type == "cpu" and not hidden.any():  # elsewhere asking costs more than masking
@@ -248,7 +254,7 @@ class _Tiles:
         """Tile of 1 − C with C the semantic cosines."""
         if self.repulsion_of is None or self.repulsion_of[0] != (rows, cols):
             tile = self.buffer("repulsion", rows, cols).fill_(1)
-            tile.addmm_(self.panel.anchors.semantic[rows], self.panel.candidates.semantic[cols].T, alpha=-1)
+            tile.addmm_(self.panel.row_semantic[rows], self.panel.col_semantic[cols].T, alpha=-1)
             self.repulsion_of = (rows, cols), tile
         return self.repulsion_of[1]
 

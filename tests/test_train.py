@@ -27,7 +27,7 @@ def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys):
 
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     code = {"configuration_gcl.py", "modeling_gcl.py", "encoding_gcl.py", "loss_gcl.py", "processing_gcl.py"}
-    code |= {"rows_gcl.py", "tiles_gcl.py", "logsumexp_gcl.py"}
+    code |= {"rows_gcl.py", "tiles_gcl.py", "logsumexp_gcl.py", "triton_gcl.py"}
     pictures = {f"pictures/{name}.png" for name in ("nine_way", "modality_pca", "training_curves", "result_sheet")}
     files = {"README.md", "recipe.yaml", "environment.json", "data.json", "results.json", "model.safetensors"}
     assert code | pictures | files <= names
@@ -82,6 +82,21 @@ def test_a_folder_with_broken_images_trains_and_reports_them(recipe, tmp_path, c
         train.main([str(recipe), "--train", str(photos), "--data.max_broken_share", "0.05", "--num_train_epochs", "3"])
 
 
+def test_an_effective_batch_finds_its_chunk_and_says_so(recipe, tmp_path, capsys):
+    train.main([str(recipe), "--effective_batch_size", "16", "--eval_on_start", "false"])
+    line = (
+        "batch: 16 pairs a step = 8 a micro-batch x 2 accumulated x 1 process, embedded in chunks of 8; "
+        "each query sees 45 negatives"
+    )
+    assert line in capsys.readouterr().out
+    card = (tmp_path / "out" / "model" / "README.md").read_text()
+    assert "| effective_batch_size | 16 |" in card and "| grad_cache_chunk | 8 |" in card
+    results = json.loads((tmp_path / "out" / "model" / "results.json").read_text())
+    assert results["recipe"]["training"]["effective_batch_size"] == 16
+    assert "grad_cache_chunk" not in results["recipe"]["training"]  # found anew where the recipe is run again
+    assert any("share_encoder" in entry for entry in results["log_history"])
+
+
 def test_bad_input_is_one_line(recipe, tmp_path):
     for arguments, message in [
         (["--learning_rat", "1"], "learning_rate"),
@@ -89,6 +104,7 @@ def test_bad_input_is_one_line(recipe, tmp_path):
         (["--encoder", str(tmp_path / "nowhere")], "nowhere"),
         (["--freeze", "[image, text]"], "leaves nothing to train"),
         (["--per_device_train_batch_size", "64"], "fewer than one batch"),
+        (["--effective_batch_size", "20"], "use 16 or 24, or per_device_train_batch_size 5"),
     ]:
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             train.main([str(recipe), *arguments])

@@ -242,6 +242,22 @@ class GCLTrainingArguments(TrainingArguments):
         separation_weight (`float`, *optional*, defaults to 0.5):
             Weight of the intra-modality separation of `"alignclip"`.
 
+        > Batch
+
+        grad_cache_chunk (`int`, *optional*):
+            Embed this many pairs at once and compute the loss on all (GradCache): memory no longer bounds the batch,
+            the gradient stays that of the whole batch, at about 1.3 times the time. The `gradient_accumulation_steps`
+            micro-batches of an optimiser step are then one contrastive batch. null: off; accumulation then averages
+            the losses of the micro-batches, each with its own negatives only.
+        effective_batch_size (`int`, *optional*):
+            Pairs in one optimiser step over all processes, a multiple of `per_device_train_batch_size` x processes.
+            All are one contrastive batch: `gradient_accumulation_steps` follows from it (and must be left out) and
+            `grad_cache_chunk`, if not given, from the memory at hand. Chunks are at most
+            `per_device_train_batch_size` pairs.
+        half_ring (`bool`, *optional*, defaults to `False`):
+            Of several processes: pass embeddings from neighbour to neighbour instead of gathering all on each, when
+            the embeddings of the whole batch (36 kB a pair for 512 dimensions, gradients included) don't fit.
+
         > Evaluation of pairs
 
         eval_seed (`int`, *optional*, defaults to 0):
@@ -256,7 +272,8 @@ class GCLTrainingArguments(TrainingArguments):
         > Defaults changed from TrainingArguments
 
         per_device_train_batch_size (`int`, *optional*, defaults to 64):
-            Pairs per device. The loss sees the negatives of all devices; gradient accumulation adds none.
+            Pairs per device and micro-batch. The loss sees the negatives of all devices; gradient accumulation adds
+            none without `grad_cache_chunk` or `effective_batch_size`.
         per_device_eval_batch_size (`int`, *optional*, defaults to 64):
             Rows embedded at once in evaluation.
         num_train_epochs (`float`, *optional*, defaults to 1.0):
@@ -301,6 +318,9 @@ class GCLTrainingArguments(TrainingArguments):
     mask_equal_ids: bool = True
     mask_equal_captions: bool = True
     separation_weight: float = 0.5
+    grad_cache_chunk: int | None = None
+    effective_batch_size: int | None = None
+    half_ring: bool = False
     eval_seed: int = 0
     resume_from_checkpoint: bool | str | None = None
     per_device_train_batch_size: int = 64
@@ -336,6 +356,7 @@ class GCLTrainingArguments(TrainingArguments):
             )
         if self.remove_unused_columns:
             raise ValueError("training.remove_unused_columns must be false: the collator needs the raw columns")
+        self._check_batch()
         super().__post_init__()
         # pinned memory serves copies to an accelerator; without one torch warns in every worker
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
@@ -351,6 +372,27 @@ class GCLTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"training.max_steps is {self.max_steps}: use 1 or more, or -1 for as many as num_train_epochs makes"
             )
+
+    def _check_batch(self):
+        for name in ("grad_cache_chunk", "effective_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"training.{name} is {value}: use 1 or more, or leave it out")
+        if self.effective_batch_size is not None and self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"training.gradient_accumulation_steps ({self.gradient_accumulation_steps}) follows from "
+                f"training.effective_batch_size ({self.effective_batch_size}): leave one of them out"
+            )
+        if self.optim in ("lomo", "adalomo"):
+            raise ValueError(
+                f"training.optim {self.optim} changes weights during backward, with the gradient of each chunk alone: "
+                "use adamw_torch or another"
+            )
+        cached = self.grad_cache_chunk is not None or self.effective_batch_size is not None
+        if cached and self.ddp_broadcast_buffers is None:
+            # a process that goes back after a shortage of memory would broadcast alone; no buffer changes in training
+            # but batch norm's statistics, of which those of rank 0 count with or without it
+            self.ddp_broadcast_buffers = False
 
     def _check_direction_weights(self):
         if self.direction_weights is None:

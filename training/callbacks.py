@@ -2,6 +2,8 @@
 
 from transformers import TrainerCallback
 
+from .sharding import tell_optimizer
+
 
 class DataEpochCallback(TrainerCallback):
     """Tells the data set which epoch it is in before its workers start, so that another caption is drawn."""
@@ -15,6 +17,7 @@ class LogitScaleCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         model.logit_scale.clamp_()
+        tell_optimizer(model.logit_scale.log_scale)
 
 
 class BrokenImagesCallback(TrainerCallback):

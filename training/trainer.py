@@ -2,23 +2,37 @@
 
 Notable features:
 - the loss is computed on the embeddings of all ranks, with the gradient of one process on the whole batch;
-- the loss of every direction, 1/τ and the gradient norm are logged;
+- every step is GradCache's: with `grad_cache_chunk` a batch of any size, without it the plain step, of one chunk;
+- the loss of every direction, 1/τ, the gradient norm and the shares of data, encoder and loss in the time are logged;
 - embeddings that are not finite stop the run, with the step and what to change;
 - `evaluate` runs `evaluation.pairs` instead of a loss over an eval loader.
 """
 
+import logging
 from collections import defaultdict
 
 import torch
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer
 
 from evaluation.pairs import embed_pairs, evaluate_embeddings
 from modeling_gcl import alignclip_loss, contrastive_loss, gcl_loss
 
+from .batch_plan import BatchPlan, accumulation_for, negatives_per_query
 from .callbacks import BrokenImagesCallback, DataEpochCallback, LogitScaleCallback
+from .chunks import widen_texts
 from .data import BrokenImages
 from .distributed import Processes, RowShardedEncoder
+from .gradcache import GradCache
+from .memory import fit_chunk
+from .step_timer import StepTimer, StepTimerCallback
+
+logger = logging.getLogger(__name__)
+
+LABELS = ("ids", "caption_ids", "broken")  # of a batch, what is not for the model
+EMBEDS = ("image_embeds", "text_embeds", "fused_embeds")
 
 
 class GCLTrainer(Trainer):
@@ -29,7 +43,9 @@ class GCLTrainer(Trainer):
         max_broken_share (`float`): share of unreadable images in the training data above which training stops.
 
     Raises:
-        ValueError: several GPUs without a launcher, or fewer pairs than one batch.
+        ValueError: several GPUs without a launcher, fewer pairs than one batch, an `effective_batch_size` that can't
+            be made up or does not fit in memory, or GradCache with DeepSpeed.
+        MemoryError: in training with GradCache, as `GradCache.step` says.
         FloatingPointError: embeddings or the temperature are NaN or infinite.
     """
 
@@ -53,41 +69,196 @@ class GCLTrainer(Trainer):
             )
         self.args.eval_on_start = self.args.eval_on_start and self.eval_dataset is not None
         self.broken_images = BrokenImages(len(self.train_dataset or ()), max_broken_share)
-        self.processes = Processes(self.accelerator.device)
+        self.processes = Processes(self.accelerator.device, half_ring=self.args.half_ring)
+        self._check_grad_cache()
+        self._chunk_that_fits = None
+        self.timer = StepTimer(self.args.device)
+        if self.args.effective_batch_size is not None:
+            self._fit_effective_batch()
+        self.grad_cache = self._build_grad_cache()
+        self.current_gradient_accumulation_steps = 1
+        self._fetched = []  # the micro-batches of this optimiser step, as Trainer holds them
+        self._micro_batches = []  # those of them that wait for the last one
         self._terms = defaultdict(list)  # since the last log entry
         self.add_callback(DataEpochCallback)
         self.add_callback(LogitScaleCallback)
+        self.add_callback(StepTimerCallback(self.timer))
         self.add_callback(BrokenImagesCallback(self))
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As Trainer's: the micro-batches of one optimiser step."""
+        # Trainer still holds the last step's: with a large batch they take as much memory as the new ones
+        self._fetched.clear()
+        self._micro_batches.clear()
+        self.timer.begin_step()
+        with self.timer.measure("data_wait"):
+            self._fetched, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return self._fetched, num_items
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch. With `grad_cache_chunk` all of an optimiser step's are one batch, done at the last of them;
+        before it the result is 0, so that the sum over the step is the batch's loss in both cases."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        self._micro_batches.append(self._split_labels(self._prepare_inputs(inputs)))
+        if self.args.grad_cache_chunk is not None and not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        micro_batches, self._micro_batches = self._micro_batches, []
+        loss, (terms, logit_scale) = self.grad_cache.step(model, micro_batches)
+        for name, term in terms.items():
+            self._terms[f"loss_{name}".replace("->", "→")].append(term)
+        self._terms["logit_scale"].append(logit_scale)
+        pairs = sum(len(inputs["input_ids"]) for inputs, _ in micro_batches)
+        self.timer.add_pairs(pairs * self.args.world_size)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            clear_device_cache()
+        return loss / self._loss_divisor
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = dict(inputs)
-        ids, caption_ids = inputs.pop("ids"), inputs.pop("caption_ids")
-        self.broken_images.add(inputs.pop("broken"))
-        output = model(**inputs, return_loss=False, return_dict=True)
-        embeds = [output[name] for name in ("image_embeds", "text_embeds", "fused_embeds")]
-        ids = ids if self.args.mask_equal_ids else None
-        caption_ids = caption_ids if self.args.mask_equal_captions else None
+        """The loss of one batch; training itself goes through `training_step`."""
+        inputs, labels = self._split_labels(inputs)
+        output = self._forward(model, inputs)
+        loss, _ = self.batch_loss([output[name] for name in EMBEDS], output.logit_scale, **labels)
+        return (loss, output) if return_outputs else loss
+
+    def batch_loss(self, embeds, logit_scale, ids=None, caption_ids=None):
+        """
+        The loss of the batch that all processes hold together; nothing else joins them.
+
+        Args:
+            embeds (sequence of three `torch.Tensor` of shape `(n, D)`): this process's image, text and fused ones.
+            logit_scale (`torch.Tensor` scalar): 1/τ.
+            ids, caption_ids (`torch.LongTensor` of shape `(n,)`, *optional*): as for `gcl_loss`.
+
+        Returns:
+            The loss, the same on every process, and its terms by direction. The mean over the processes of the
+            parameters' gradients is the gradient of the loss.
+
+        Raises:
+            FloatingPointError: as the class says.
+        """
         try:
-            loss, terms = self._loss(*embeds, output.logit_scale, ids=ids, caption_ids=caption_ids)
+            return self._loss(*embeds, logit_scale, ids=ids, caption_ids=caption_ids, processes=self.processes)
         except FloatingPointError as error:  # all ranks see the whole batch, so all stop
             raise FloatingPointError(
                 f"step {self.state.global_step + 1}: {error}. Lower learning_rate, use bf16 instead of fp16, "
                 "or look for broken weights in model.encoder; resume from the last checkpoint."
             ) from error
-        if model.training:
-            for name, term in terms.items():
-                self._terms[f"loss_{name}".replace("->", "→")].append(term)
-            self._terms["logit_scale"].append(output.logit_scale.detach())
-        return (loss, output) if return_outputs else loss
 
-    def _loss(self, image_embeds, text_embeds, fused_embeds, logit_scale, **labels):
-        labels["processes"] = self.processes
+    def _split_labels(self, inputs):
+        """The model's inputs and the labels of the loss that are in use; counts the unreadable images."""
+        inputs = dict(inputs)
+        labels = {"ids": inputs.pop("ids"), "caption_ids": inputs.pop("caption_ids")}
+        self.broken_images.add(inputs.pop("broken"))
+        used = {"ids": self.args.mask_equal_ids, "caption_ids": self.args.mask_equal_captions}
+        return inputs, {name: values for name, values in labels.items() if used[name]}
+
+    def _forward(self, model, inputs):
+        with self.compute_loss_context_manager():
+            return model(**inputs, return_loss=False, return_dict=True)
+
+    def _embed(self, model, inputs):
+        output = self._forward(model, inputs)
+        return *(output[name] for name in EMBEDS), output.logit_scale
+
+    def _build_grad_cache(self):
+        def loss(embeds, logit_scale, labels):
+            value, terms = self.batch_loss(embeds, logit_scale, **labels)
+            return value, (terms, logit_scale.detach())
+
+        def backward(scalar):
+            # DeepSpeed would divide by the accumulation steps once more
+            deepspeed = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+            self.accelerator.backward(scalar / self._loss_divisor, **deepspeed)
+
+        return GradCache(
+            self._embed,
+            loss,
+            backward,
+            device=self.args.device,
+            chunk_size=self.args.grad_cache_chunk,
+            no_sync=self.accelerator.no_sync,
+            exchange=self._exchange,
+            sharded=self.is_fsdp_enabled,
+            measure=self.timer.measure,
+        )
+
+    def _check_grad_cache(self):
+        if self.args.grad_cache_chunk is None and self.args.effective_batch_size is None:
+            return
+        if self.is_deepspeed_enabled:
+            raise ValueError(
+                "training.grad_cache_chunk and effective_batch_size don't work with DeepSpeed, whose engine counts "
+                "every chunk as a step: use DDP or FSDP, or leave them out"
+            )
+        norms = [name for name, module in self.model.named_modules() if isinstance(module, _BatchNorm)]
+        trained = {name.rpartition(".")[0] for name, p in self.model.named_parameters() if p.requires_grad}
+        if count := len(trained.intersection(norms)):
+            logger.warning(
+                f"{count} batch norm layers are trained: with training.grad_cache_chunk they normalise by the "
+                "statistics of a chunk, and their running statistics move twice a step"
+            )
+
+    def _fit_effective_batch(self):
+        """Choose accumulation and chunk for `effective_batch_size`; all processes choose alike."""
+        args = self.args
+        args.gradient_accumulation_steps = accumulation_for(
+            args.effective_batch_size, args.train_batch_size, args.world_size, len(self.train_dataset)
+        )
+        if args.grad_cache_chunk is not None:
+            return
+        few = self.data_collator([self.train_dataset[i] for i in range(min(8, len(self.train_dataset)))])
+        inputs = widen_texts({n: v for n, v in few.items() if n not in LABELS}, self._most_tokens())
+
+        def embed(model, inputs):
+            with self.accelerator.autocast():  # the model is not wrapped yet
+                return self._embed(model, inputs)
+
+        self.model.train()
+        self._chunk_that_fits = fit_chunk(
+            embed, self.model, inputs, self.args.device, args.effective_batch_size, self._exchange
+        )
+        args.grad_cache_chunk = min(self._chunk_that_fits, args.train_batch_size)
+
+    def _most_tokens(self):
+        """The most tokens that a text may have; 0 if that is not known."""
+        tokenizer = getattr(self.processing_class, "tokenizer", None)
+        limit = getattr(self.processing_class, "max_text_length", None) or getattr(tokenizer, "model_max_length", 0)
+        return limit if limit < 1_000_000 else 0  # tokenizers without a limit state 10^30
+
+    @property
+    def batch_plan(self):
+        """[`BatchPlan`]: what makes up a batch, and the negatives each query sees."""
+        args = self.args
+        at_once = args.train_batch_size * args.world_size
+        pairs = at_once * (1 if args.grad_cache_chunk is None else args.gradient_accumulation_steps)
+        return BatchPlan(
+            micro_batch=args.train_batch_size,
+            accumulation=args.gradient_accumulation_steps,
+            processes=args.world_size,
+            chunk=self.grad_cache.chunk_size,
+            negatives=negatives_per_query(pairs, args.loss, args.denominator, args.intra_modality),
+            chunk_that_fits=self._chunk_that_fits,
+        )
+
+    @property
+    def _loss_divisor(self):
+        """Micro-batches over which the loss is averaged; with `grad_cache_chunk` they are one batch."""
+        return self.current_gradient_accumulation_steps if self.args.grad_cache_chunk is None else 1
+
+    def _exchange(self, number):
+        """An integer of every process, in rank order."""
+        return self.accelerator.gather(torch.tensor([number], device=self.args.device)).tolist()
+
+    def _loss(self, image_embeds, text_embeds, fused_embeds, logit_scale, **batch):
         if self.args.loss == "cl":
-            return contrastive_loss(image_embeds, text_embeds, logit_scale, return_terms=True, **labels)
+            return contrastive_loss(image_embeds, text_embeds, logit_scale, return_terms=True, **batch)
         if self.args.loss == "alignclip":
             weight = self.args.separation_weight
             return alignclip_loss(
-                image_embeds, text_embeds, logit_scale, separation_weight=weight, return_terms=True, **labels
+                image_embeds, text_embeds, logit_scale, separation_weight=weight, return_terms=True, **batch
             )
         return gcl_loss(
             image_embeds,
@@ -98,7 +269,7 @@ class GCLTrainer(Trainer):
             intra_modality=self.args.intra_modality,
             direction_weights=self.args.direction_weights,
             return_terms=True,
-            **labels,
+            **batch,
         )
 
     def get_decay_parameter_names(self, model):
@@ -106,9 +277,10 @@ class GCLTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if "logit_scale" not in name]
 
     def log(self, logs, *args, **kwargs):
-        """As Trainer's, with the means since the last entry of each direction's loss and of 1/τ."""
+        """As Trainer's, with the means since the last entry of each direction's loss and of 1/τ, and `StepTimer`'s."""
         if "loss" in logs:
             logs |= {name: torch.stack(values).mean().item() for name, values in self._terms.items()}
+            logs |= self.timer.pop_shares()
             self._terms.clear()
         super().log(logs, *args, **kwargs)
 

@@ -106,9 +106,13 @@ def test_the_model_counts_as_the_formulas_say():
         own = n / w
         assert scaling.loss_flops(n, w, d) == pytest.approx((54 * w - 18) * own**2 * d)
         assert scaling.loss_flops(n, w, d, half_ring=True) == pytest.approx((36 * w + 18 * (w % 2 == 0)) * own**2 * d)
+        assert scaling.loss_flops(n, w, d, kernels=True) == pytest.approx(54 * n**2 * d / w)
+    assert scaling.exchanged_bytes(n, 2, d, 4) == 3 * n // 2 * d * 4
+    assert scaling.exchanged_bytes(n, 2, d, 4, half_ring=True) == 1.5 * 3 * n // 2 * d * 4
     # open_clip's model profile gives 14.78 GFlop for this model
     assert scaling.clip_vit_b32_flops() == pytest.approx(14.78e9, rel=0.01)
     few = scaling.predict(8192, 8, d, 1e9, **scaling.ASSUMED)
+    assert few["memory"] == 3 * 8192 * d * 2
     more = scaling.predict(16384, 16, d, 1e9, **scaling.ASSUMED)
     assert few["encoder"] == more["encoder"] and more["loss"] > 1.9 * few["loss"] and more["exchange"] > few["exchange"]
     assert few["loss_share"] == pytest.approx(1 - few["encoder"] / sum(few[k] for k in ("encoder", "loss", "exchange")))

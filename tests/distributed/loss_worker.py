@@ -11,6 +11,7 @@ import dense_loss
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from modeling_gcl import loss_gcl, tiles_gcl
 from modeling_gcl.loss_gcl import NonFiniteError
@@ -79,6 +80,21 @@ def check(switch, sizes, dtype, half_ring, label_names, scale=20.0, tolerance=No
     return 1
 
 
+def check_flops():
+    """Of each rank, forward and backward, in N²D: 36/W in the half ring; gathered, 54/W but for its own n² at 36."""
+    n, d, world = 128, 16, world_size()
+    embeds = [x.requires_grad_() for x in batch([n], torch.float32, d=d)[0]]
+    expected = {True: 36 * world * n * n * d, False: (36 + 54 * (world - 1)) * n * n * d}
+    if world % 2 == 0:  # half way round, both processes compute what is between them
+        expected[True] += 18 * n * n * d
+    for half_ring, flops in expected.items():
+        addmm = {torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1]}
+        with FlopCounterMode(display=False, custom_mapping=addmm) as counter:
+            loss_gcl.gcl_loss(*embeds, 20.0, processes=Processes(half_ring=half_ring)).backward()
+        assert flops <= counter.get_total_flops() <= 1.04 * flops, (half_ring, counter.get_total_flops() / flops)
+    return 2
+
+
 def check_errors():
     """What is wrong on the last rank alone is the same error on every rank, and the processes can go on."""
     rank, last = dist.get_rank(), world_size() - 1
@@ -139,6 +155,8 @@ def main(folder):
             count += check("alignclip", layouts["even"], torch.float64, half_ring, (), cache_bytes=cache_bytes)
         count += check("gcl", layouts["even"], torch.float32, half_ring, (), bf16=True, tolerance=1e-2)
     count += check_errors()
+    tiles_gcl.TILE["cpu"] = 32
+    count += check_flops()
     dist.barrier()
     Path(folder, f"rank_{dist.get_rank()}").write_text(str(count))
     dist.destroy_process_group()

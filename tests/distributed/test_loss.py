@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_shared_batch_equals_the_whole_on_one_process(processes, tmp_path):
-    """Every loss and switch, even and ragged shares, one pair each, gathered and in a half ring, float32 and float64."""
+    """Every loss and switch; even, ragged and single-pair shares; gathered and in a half ring; float32 and float64."""
     paths = (ROOT, ROOT / "tests", ROOT / "tests" / "modeling_gcl")
     run = subprocess.run(
         [sys.executable, "-W", "error::FutureWarning", "-m", "torch.distributed.run", "--standalone",

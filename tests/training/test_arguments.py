@@ -18,6 +18,15 @@ def test_defaults_suit_contrastive_training(tmp_path):
     assert arguments.resume_from_checkpoint is None
 
 
+def test_buffers_are_not_broadcast_where_a_process_may_go_back(tmp_path):
+    def broadcast(**given):
+        return GCLTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **given).ddp_broadcast_buffers
+
+    assert broadcast() is None
+    assert broadcast(grad_cache_chunk=4) is False and broadcast(effective_batch_size=64) is False
+    assert broadcast(grad_cache_chunk=4, ddp_broadcast_buffers=True) is True
+
+
 def test_arguments_can_be_saved(tmp_path):
     arguments = GCLTrainingArguments(output_dir=str(tmp_path), use_cpu=True, direction_weights={"i->it": 0.25})
     assert json.loads(arguments.to_json_string())["direction_weights"] == {"i->it": 0.25}
@@ -40,6 +49,13 @@ def test_arguments_can_be_saved(tmp_path):
         ({"per_device_train_batch_size": 0}, "training.per_device_train_batch_size is 0: use a number of at least 1"),
         ({"per_device_eval_batch_size": -1}, "training.per_device_eval_batch_size is -1"),
         ({"gradient_accumulation_steps": 0}, "training.gradient_accumulation_steps is 0"),
+        ({"grad_cache_chunk": 0}, "training.grad_cache_chunk is 0: use 1 or more, or leave it out"),
+        ({"effective_batch_size": -4}, "training.effective_batch_size is -4: use 1 or more"),
+        (
+            {"effective_batch_size": 64, "gradient_accumulation_steps": 2},
+            r"gradient_accumulation_steps \(2\) follows from training.effective_batch_size \(64\): leave one",
+        ),
+        ({"optim": "lomo"}, "training.optim lomo changes weights during backward"),
         ({"dataloader_num_workers": -1}, "training.dataloader_num_workers is -1"),
         ({"weight_decay": float("nan")}, "training.weight_decay is nan"),
         ({"max_grad_norm": -1.0}, "training.max_grad_norm is -1.0"),

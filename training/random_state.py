@@ -1,0 +1,18 @@
+"""The states of the random number generators, to draw the same numbers again."""
+
+import torch
+
+
+class RandomState:
+    """The states of the generators that a forward pass draws from, as they are now: the CPU's and the device's."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.on_cpu = torch.get_rng_state()
+        self.on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+
+    def restore(self):
+        """Make the generators go on from here."""
+        torch.set_rng_state(self.on_cpu)
+        if self.on_device is not None:
+            torch.get_device_module(self.device).set_rng_state(self.on_device, self.device)
