@@ -6,7 +6,7 @@ THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 TOWERS := build/minilm-efficientnet-lite0-96
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart install test lint clean
+.PHONY: help quickstart install test lint bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -32,6 +32,14 @@ test: $(VENV)/installed  ## run the whole test suite, without network and GPU
 
 lint: $(VENV)/installed  ## check style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+bench: $(VENV)/installed  ## measure speed and memory against peers (half an hour of a quiet machine); writes docs/performance.md
+	$(BIN)/pip install --quiet -c constraints-cpu.txt -e ".[bench]"
+	$(BIN)/python benchmarks/loss.py --threads $(THREADS)
+	$(BIN)/python benchmarks/step.py --threads $(THREADS)
+	$(BIN)/python benchmarks/pipeline.py --rounds 3
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/report.py
 
 clean:  ## remove what the targets made
 	rm -rf $(VENV) build outputs

@@ -14,6 +14,7 @@ import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,12 @@ PAIRS_OF_MODALITIES = ((0, 1), (0, 2), (1, 2))
 
 def tiles(embeds):
     return _backward(gcl_loss(*embeds, SCALE))
+
+
+def tiles_of_pytorch(embeds):
+    """Without the Triton kernels, which `tiles` runs on where they are supported."""
+    with patch("modeling_gcl.logsumexp_gcl.kernels_support", return_value=False):
+        return tiles(embeds)
 
 
 def tiles_bf16(embeds):
@@ -172,13 +179,14 @@ def definition_of_three_times_cl(embeds):
 # variant: (what it must equal, tolerance of its gradient, largest number of pairs it is run at on each device)
 VARIANTS = {
     tiles: (definition_of_gcl, 1e-5, {"cpu": 32768, "cuda": 131072}),
+    tiles_of_pytorch: (definition_of_gcl, 1e-5, {"cuda": 131072}),
     tiles_bf16: (definition_of_gcl, 1e-2, {"cpu": 32768}),
     tiles_bf16_cache: (definition_of_gcl, 1e-2, {"cpu": 16384}),
     tiles_bf16_all_kept: (definition_of_gcl, 1e-2, {"cpu": 8192}),
     autograd: (definition_of_gcl, 1e-5, {"cpu": 8192, "cuda": 16384}),
-    checkpointed_strips: (definition_of_gcl, 1e-5, {"cpu": 16384, "cuda": 131072}),
+    checkpointed_strips: (definition_of_gcl, 1e-5, {"cpu": 8192, "cuda": 131072}),
     open_clip_three_times: (definition_of_three_times_cl, 1e-5, {"cpu": 16384, "cuda": 32768}),
-    sentence_transformers_1024: (definition_of_three_times_cl, 1e-5, {"cpu": 8192, "cuda": 131072}),
+    sentence_transformers_1024: (definition_of_three_times_cl, 1e-5, {"cpu": 4096, "cuda": 131072}),
     sentence_transformers_32: (definition_of_three_times_cl, 1e-5, {"cpu": 1024, "cuda": 8192}),
     memeff_three_times: (definition_of_three_times_cl, 1e-5, {"cuda": 131072}),
     inf_cl_three_times: (definition_of_three_times_cl, 1e-5, {"cuda": 131072}),
@@ -220,7 +228,8 @@ def gate(variant, device="cpu"):
     loss, exact_loss = variant(embeds).double(), definition(exact)
     exact_loss.backward()
     errors = {"loss": (loss - exact_loss).abs().item() / exact_loss.item()}
-    errors["gradient"] = max(((x.grad - y.grad).norm() / y.grad.norm()).item() for x, y in zip(embeds, exact))
+    by_modality = torch.stack([(x.grad - y.grad).norm() / y.grad.norm() for x, y in zip(embeds, exact)])
+    errors["gradient"] = by_modality.max().item()  # NaN, if any is
     for name, error in errors.items():
         if not error <= tolerance:
             raise SystemExit(f"{variant.__name__}: relative error of the {name} is {error:.1e} > {tolerance}")

@@ -5,7 +5,8 @@ Notable features:
 - a calibration by matrix products before and after each measurement: if the two differ by more than 10 %, something
   else ran beside it, and the measurement is dropped and repeated, a bounded number of times, all counted;
 - rounds: in each, every variant is measured once, right after the others, so that a machine's drift meets all alike;
-- medians with smallest and largest, and the ratio to a reference variant as the median of the rounds' ratios.
+- medians with smallest and largest; a ratio of two variants is the median of the rounds' ratios, leaving out rounds in
+  which the machine was not as fast for one as for the other.
 
 Seconds of one machine mean little: read the ratios.
 """
@@ -141,8 +142,15 @@ def run_worker(script, task, *, threads, processes=1):
 
 def steady(measurement):
     """Whether the calibrations before and after differ by at most 10 %."""
-    rates = measurement["gemm_rates"]
+    return _agree(measurement["gemm_rates"])
+
+
+def _agree(rates):
     return max(rates) <= (1 + TOLERANCE) * min(rates)
+
+
+def _rate(measurement):
+    return statistics.mean(measurement["gemm_rates"])
 
 
 def measure_rounds(measure_one, names, rounds, attempts=ATTEMPTS):
@@ -179,25 +187,26 @@ def summarise(series, references=None, flops=None):
     Returns:
         `dict`: `rounds`, `kept`, `dropped` (measurements), then, where any was kept, `{median, min, max}` of each of
         `seconds`, `bytes` and every further figure of the measurements; `gemm_rate`; with `flops` `to_gemm`: seconds by
-        those of as many flops at the calibration's rate; `ratio_to`: for each reference `{median, min, max}`, over the
-        rounds in which both were kept, of this variant's seconds by the reference's (neighbours in time, so drift
-        cancels), and `of_medians`.
+        those of as many flops at the calibration's rate; `ratio_to`: for each reference `{median, min, max}` of
+        this variant's seconds by the reference's, over the `rounds` in which both were kept and the machine was as
+        fast for one as for the other (calibrations within 10 %), and `of_medians`, over all.
     """
     kept = [entry for entry in series if "seconds" in entry]
     row = {"rounds": len(series), "kept": len(kept), "dropped": sum(entry["dropped"] for entry in series)}
     if not kept:
         return row
-    rates = [statistics.mean(entry["gemm_rates"]) for entry in kept]
+    rates = [_rate(entry) for entry in kept]
     row |= {name: spread([entry[name] for entry in kept]) for name in kept[0] if name not in ("gemm_rates", "dropped")}
     row["gemm_rate"] = spread(rates)
     if flops is not None:
         row["to_gemm"] = spread([entry["seconds"] * rate / flops for entry, rate in zip(kept, rates)])
     for name, reference in (references or {}).items():
         both = [(own, other) for own, other in zip(series, reference) if "seconds" in own and "seconds" in other]
-        if both:
-            ratio = spread([own["seconds"] / other["seconds"] for own, other in both])
+        alike = [(own, other) for own, other in both if _agree([_rate(own), _rate(other)])]
+        if alike:
             of_reference = statistics.median(other["seconds"] for other in reference if "seconds" in other)
-            ratio["of_medians"] = row["seconds"]["median"] / of_reference
+            ratio = {"rounds": len(alike), "of_medians": row["seconds"]["median"] / of_reference}
+            ratio |= spread([own["seconds"] / other["seconds"] for own, other in alike])
             row.setdefault("ratio_to", {})[name] = ratio
     return row
 

@@ -41,12 +41,14 @@ def test_ratios_are_taken_within_a_round():
     slow = [entry(3.0 * 2**i, dropped=0) for i in range(3)]
     fast = [entry(1.0 * 2**i, dropped=0) for i in range(3)]
     row = summarise(slow, {"fast": fast}, flops=2e9)
-    assert row["ratio_to"] == {"fast": {"median": 3, "min": 3, "max": 3, "of_medians": 3}}
+    assert row["ratio_to"] == {"fast": {"rounds": 3, "median": 3, "min": 3, "max": 3, "of_medians": 3}}
     assert row["seconds"] == {"median": 6, "min": 3, "max": 12}
     assert row["to_gemm"]["median"] == 6 * 1e9 / 2e9
     fast[1] = {"dropped": 4}
     row = summarise(slow, {"fast": fast})
     assert row["ratio_to"]["fast"]["median"] == 3 and row["ratio_to"]["fast"]["of_medians"] == 6 / 2.5  # that is why
+    fast[2] = entry(1.0, (2e9, 2e9), dropped=0)  # the machine was twice as fast for it
+    assert summarise(slow, {"fast": fast})["ratio_to"]["fast"]["rounds"] == 1
     assert "ratio_to" not in summarise(slow, {"fast": [{"dropped": 4}] * 3})
 
 
@@ -55,7 +57,7 @@ def test_measure_sees_time_and_the_peak_of_memory():
         torch.ones(2**24).exp_()
 
     result = measure(step, at_least=0.05)
-    assert 2**26 <= result["bytes"] < 1.3 * 2**26
+    assert 0.95 * 2**26 < result["bytes"] < 1.3 * 2**26
     assert 0 < result["seconds"] < 5 and steady(result | {"gemm_rates": [result["gemm_rates"][0]] * 2})
     assert measure(lambda: None, at_least=0)["bytes"] < 2**22  # the peak before it does not count
     calls = []

@@ -1,0 +1,289 @@
+"""A training step with GradCache against the plain one, and the loss of a batch that processes share.
+
+    python benchmarks/step.py                 # about 8 minutes
+    python benchmarks/step.py --batch 128 --chunk 32 --tower small --rounds 1
+
+The step is `GCLTrainer.training_step` (towers, loss, backward; no optimiser), in float32, of a CLIP ViT-B/32 with
+random weights on images of 96 pixels and texts of 16 tokens, on one process and on several under torchrun that share
+the machine and the batch. The shared loss alone is measured with one thread per process, as time of the slowest one:
+rows gathered by all, and the half ring. Gates: GradCache's gradient is that of the plain step; a process's gradient of
+the shared loss is that of the whole batch in float64.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import CLIPConfig, CLIPModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.loss import SCALE, definition_of_gcl, make_embeds  # noqa: E402
+from benchmarks.protocol import (  # noqa: E402
+    RESULTS,
+    environment,
+    measure,
+    measure_rounds,
+    run_worker,
+    summarise,
+    write_result,
+)
+from benchmarks.scaling import loss_flops  # noqa: E402
+from modeling_gcl import GCLModel, gcl_loss  # noqa: E402
+from training.arguments import GCLTrainingArguments  # noqa: E402
+from training.distributed import Processes, world_size  # noqa: E402
+from training.trainer import GCLTrainer  # noqa: E402
+
+SEED = 0
+IMAGE_SIZE, TEXT_LENGTH = 96, 16
+TOWERS = {  # layers, and of each tower width, width of the feed-forward layer, heads
+    "vit-b-32": (12, (768, 3072, 12), (512, 2048, 8)),
+    "small": (2, (64, 128, 2), (64, 128, 2)),
+}
+GATE_TOLERANCE = 1e-4
+
+
+# A step
+
+
+def build_model(tower):
+    layers, *shapes = TOWERS[tower]
+    vision, text = (
+        {"num_hidden_layers": layers, "hidden_size": w, "intermediate_size": f, "num_attention_heads": h}
+        for w, f, h in shapes
+    )
+    vision |= {"image_size": IMAGE_SIZE, "patch_size": 32}
+    torch.manual_seed(SEED)
+    return GCLModel.from_encoder(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=512)))
+
+
+class RandomPairs(torch.utils.data.Dataset):
+    """Numbers; `collate` makes a batch of as many random pairs."""
+
+    def __init__(self, num_pairs):
+        self.num_pairs = num_pairs
+
+    def __len__(self):
+        return self.num_pairs
+
+    def __getitem__(self, index):
+        return index
+
+    def set_epoch(self, epoch):
+        pass
+
+    @staticmethod
+    def collate(indices):
+        generator = torch.Generator().manual_seed(SEED + indices[0])
+        n = len(indices)
+        tokens = torch.randint(1000, 40000, (n, TEXT_LENGTH), generator=generator)
+        tokens[:, -1] = 49407  # CLIP's end of text
+        return {
+            "pixel_values": torch.randn(n, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "ids": torch.tensor(indices),
+            "caption_ids": torch.tensor(indices),
+            "broken": [],
+        }
+
+
+def run_step(tower, batch, chunk, use):
+    """Train for one step of `batch` pairs per process and return what `use(training_step, model, inputs)` returns."""
+    answers = []
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = GCLTrainingArguments(
+            output_dir=folder, per_device_train_batch_size=batch, max_steps=1, optim="sgd", save_strategy="no",
+            eval_strategy="no", report_to="none", dataloader_num_workers=0, disable_tqdm=True, use_cpu=True, seed=SEED,
+            **({"grad_cache_chunk": chunk} if chunk else {}), **({"ddp_backend": "gloo"} if distributed() else {}),
+        )  # fmt: skip
+        trainer = GCLTrainer(
+            model=build_model(tower),
+            args=arguments,
+            train_dataset=RandomPairs(batch * arguments.world_size),
+            data_collator=RandomPairs.collate,
+        )
+        training_step = trainer.training_step
+
+        def training_step_in_use(model, inputs, *more):
+            answers.append(use(lambda inputs: training_step(model, dict(inputs), *more), model, inputs))
+            return training_step(model, first_rows(inputs), *more)
+
+        trainer.training_step = training_step_in_use
+        trainer.train()
+        assert world_size() == arguments.world_size and len(answers) == 1
+    return answers[0]
+
+
+def first_rows(inputs, rows=8):
+    return {name: values[:rows] for name, values in inputs.items()}
+
+
+def measure_step(training_step, model, inputs):
+    def step():
+        model.zero_grad()
+        training_step(inputs)
+
+    return slowest(measure(step, steps=1, warm_up=lambda: training_step(first_rows(inputs))))
+
+
+def gradient_of_step(training_step, model, inputs):
+    model.zero_grad()
+    training_step(inputs)
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    return gradient
+
+
+def gate_step(tower, batch, chunk):
+    """Relative error of GradCache's gradient against the plain step's; SystemExit if it is over the tolerance."""
+    plain, cached = (run_step(tower, batch, size, gradient_of_step) for size in (None, chunk))
+    return {"gradient": within_tolerance("GradCache's gradient", cached, plain)}
+
+
+# The loss that processes share
+
+
+def shared_loss(embeds, half_ring):
+    gcl_loss(*embeds, SCALE, processes=Processes(half_ring=half_ring)).backward()
+
+
+def own_rows(num_pairs, dim):
+    """This process's share of N pairs."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if distributed() else (0, 1)
+    embeds = []
+    for x in make_embeds(num_pairs, dim):
+        x = x.detach().chunk(size)[rank].clone().requires_grad_()
+        x.grad = torch.full_like(x, 0.0)
+        embeds.append(x)
+    return embeds
+
+
+def measure_shared_loss(num_pairs, dim, half_ring):
+    embeds, small = own_rows(num_pairs, dim), own_rows(600, dim)
+    if distributed():
+        dist.barrier()
+    return slowest(
+        measure(lambda: shared_loss(embeds, half_ring), steps=2, warm_up=lambda: shared_loss(small, half_ring))
+    )
+
+
+def gate_shared_loss(half_ring, num_pairs=1100, dim=64):
+    """Relative error of the own rows' gradient, averaged over processes as DDP would."""
+    embeds, whole = own_rows(num_pairs, dim), [x.detach().double() for x in make_embeds(num_pairs, dim)]
+    for x in whole:
+        x.requires_grad_()
+    shared_loss(embeds, half_ring)
+    definition_of_gcl(whole).backward()
+    rank, size = (dist.get_rank(), world_size()) if distributed() else (0, 1)
+    expected = torch.cat([x.grad.chunk(size)[rank] for x in whole])
+    found = torch.cat([x.grad for x in embeds]).double() / size
+    return {"gradient": within_tolerance("the shared loss's gradient", found, expected)}
+
+
+# Both
+
+
+def distributed():
+    return torch.distributed.is_torchelastic_launched()
+
+
+def slowest(measurement):
+    """The measurement with the seconds and bytes of the process that has most."""
+    if distributed():
+        worst = torch.tensor([measurement["seconds"], measurement["bytes"]], dtype=torch.float64)
+        dist.all_reduce(worst, dist.ReduceOp.MAX)
+        measurement |= {"seconds": worst[0].item(), "bytes": int(worst[1])}
+    return measurement
+
+
+def within_tolerance(what, found, expected):
+    error = ((found - expected).norm() / expected.norm()).item()
+    if not error <= GATE_TOLERANCE:
+        raise SystemExit(f"relative error of {what} is {error:.1e} > {GATE_TOLERANCE}")
+    return error
+
+
+TASKS = {
+    "step": lambda tower, batch, chunk: run_step(tower, batch, chunk, measure_step),
+    "gate_step": gate_step,
+    "shared_loss": measure_shared_loss,
+    "gate_shared_loss": gate_shared_loss,
+}
+
+
+def work(kind, **task):
+    """A worker's task. Prints its answer on the first process."""
+    if kind.endswith("shared_loss") and distributed():
+        dist.init_process_group("gloo")
+    answer = TASKS[kind](**task)
+    if not distributed() or dist.get_rank() == 0:
+        print(json.dumps(answer), flush=True)
+    if distributed():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tower", choices=TOWERS, default="vit-b-32")
+    parser.add_argument("--batch", type=int, default=256, help="pairs, over all processes")
+    parser.add_argument("--chunk", type=int, default=64, help="GradCache's")
+    parser.add_argument("--pairs", type=int, default=4096, help="of the shared loss")
+    parser.add_argument("--dim", type=int, default=512, help="of the shared loss")
+    parser.add_argument("--threads", type=int, default=2, help="of one process; several share them")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS / "step.json")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(**json.loads(arguments.worker))
+        return
+    settings = {name: getattr(arguments, name) for name in ("tower", "batch", "chunk", "pairs", "dim", "rounds")}
+    settings |= {"image_size": IMAGE_SIZE, "text_length": TEXT_LENGTH}
+    result = {"environment": environment(arguments.threads, SEED), "settings": settings, "gates": {}}
+    result |= {"step": {}, "shared_loss": {}}
+
+    def run(processes, threads, **task):
+        return run_worker(__file__, task, threads=threads, processes=processes)
+
+    for processes in arguments.processes:
+        threads = max(1, arguments.threads // processes)
+        gate = run(processes, threads, kind="gate_step", tower="small", batch=24, chunk=8)
+        step = {"kind": "step", "tower": arguments.tower, "batch": arguments.batch // processes}
+        series = measure_rounds(
+            lambda name, n=processes, t=threads, step=step: run(
+                n, t, chunk=arguments.chunk if name == "grad_cache" else None, **step
+            ),
+            ["plain", "grad_cache"],
+            arguments.rounds,
+        )
+        rows = {name: summarise(series[name], {"plain": series["plain"]}) for name in series}
+        result["gates"][f"step, {processes} processes"] = gate
+        result["step"][str(processes)] = rows
+        print(f"step, {processes} processes", json.dumps(rows), flush=True)
+        write_result(arguments.out, result)
+
+    ways = {f"{n} processes, {way}": (n, way) for n in arguments.processes for way in ("gather", "half_ring") if n > 1}
+    ways = {"1 process": (1, "gather")} | ways
+    for name, (processes, way) in ways.items():
+        gate = run(processes, 1, kind="gate_shared_loss", half_ring=way == "half_ring")
+        result["gates"][f"shared loss, {name}"] = gate
+    task = {"kind": "shared_loss", "num_pairs": arguments.pairs, "dim": arguments.dim}
+    series = measure_rounds(
+        lambda name: run(ways[name][0], 1, half_ring=ways[name][1] == "half_ring", **task), ways, arguments.rounds
+    )
+    for name, (processes, way) in ways.items():
+        flops = loss_flops(arguments.pairs, processes, arguments.dim, half_ring=way == "half_ring")
+        row = summarise(series[name], {"1 process": series["1 process"]}, flops)
+        result["shared_loss"][name] = {"processes": processes, "way": way, "expected_flops": flops} | row
+    print("shared loss", json.dumps(result["shared_loss"]), flush=True)
+    write_result(arguments.out, result)
+
+
+if __name__ == "__main__":
+    main()
