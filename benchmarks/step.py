@@ -33,9 +33,9 @@ from benchmarks.protocol import (  # noqa: E402
 )
 from benchmarks.scaling import loss_flops  # noqa: E402
 from modeling_gcl import GCLModel, gcl_loss  # noqa: E402
-from training.arguments import GCLTrainingArguments  # noqa: E402
 from training.distributed import Processes, world_size  # noqa: E402
 from training.trainer import GCLTrainer  # noqa: E402
+from training.training_arguments import GCLTrainingArguments  # noqa: E402
 
 SEED = 0
 IMAGE_SIZE, TEXT_LENGTH = 96, 16

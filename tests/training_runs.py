@@ -7,9 +7,9 @@ from backbones import tiny_encoder, tiny_processor
 from PIL import Image
 
 from modeling_gcl import GCLModel
-from training.arguments import GCLTrainingArguments
 from training.data import PairCollator, PairDataset
 from training.trainer import GCLTrainer
+from training.training_arguments import GCLTrainingArguments
 
 WORDS = ("red", "blue", "green", "dog", "cat", "bird", "grass", "house")
 

@@ -1,7 +1,7 @@
 """The recipe of a run: one YAML of `model:`, `data:` and `training:`, with overrides from the command line.
 
     recipe = parse_recipe(["hub_configs/quickstart.yaml", "--learning_rate", "1e-5", "--data.eval.limit", "100"])
-    recipe.model, recipe.data, recipe.training   # the dataclasses of training.arguments
+    recipe.model, recipe.data, recipe.training   # dataclasses
     recipe.to_yaml()                             # what was set, overrides included, to be saved beside the weights
 
 A key is written in full (`--training.seed 3`, `--data.train.0.limit 100`) or, where only one section knows it, bare
@@ -15,9 +15,10 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training.arguments import DataArguments, GCLTrainingArguments, ModelArguments, SourceArguments
+from training.arguments import DataArguments, ModelArguments, SourceArguments
 from training.recipe_help import format_help
 from training.recipe_values import RecipeError, choices, convert, is_switch, read_option, read_yaml, write_yaml
+from training.training_arguments import GCLTrainingArguments
 
 SECTIONS = {"model": ModelArguments, "data": DataArguments, "training": GCLTrainingArguments}
 USAGE = "usage: train.py RECIPE.yaml [--key value ...]   (--help lists the keys)"

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from training_runs import make_pairs, make_trainer
 
-from training.arguments import GCLTrainingArguments
+from training.training_arguments import GCLTrainingArguments
 
 CHECKPOINTING = (
     "activation_checkpointing"

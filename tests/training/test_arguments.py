@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from training import arguments as arguments_module
-from training.arguments import DataArguments, GCLTrainingArguments, ModelArguments, SourceArguments
+from training import training_arguments as arguments_module
+from training.arguments import DataArguments, ModelArguments, SourceArguments
+from training.training_arguments import GCLTrainingArguments
 
 
 def test_defaults_suit_contrastive_training(tmp_path):

@@ -13,9 +13,9 @@ from torch import nn
 from training_runs import make_pairs, make_trainer
 
 from modeling_gcl import GCLModel
-from training.arguments import GCLTrainingArguments
 from training.freezing import freeze_parts
 from training.gradcache import GradCache, RandomState
+from training.training_arguments import GCLTrainingArguments
 
 LOSSES = {
     "gcl": {"loss": "gcl"},

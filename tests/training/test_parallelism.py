@@ -6,8 +6,8 @@ import pytest
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
 from training_runs import make_pairs, make_trainer
 
-from training.arguments import GCLTrainingArguments
 from training.parallelism import check_parallelism
+from training.training_arguments import GCLTrainingArguments
 
 
 def check(monkeypatch, kind=DistributedType.MULTI_GPU, world_size=2, n_gpu=1, parallelism=None, **settings):

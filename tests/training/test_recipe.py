@@ -8,10 +8,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.arguments import DataArguments, GCLTrainingArguments, ModelArguments, SourceArguments
+from training.arguments import DataArguments, ModelArguments, SourceArguments
 from training.recipe import SECTIONS, RecipeError, parse_recipe
 from training.recipe_help import field_docs
 from training.recipe_values import read_yaml, write_yaml
+from training.training_arguments import GCLTrainingArguments
 
 RECIPE = """\
 model:

@@ -7,8 +7,8 @@ from training_runs import make_pairs, make_trainer
 
 from evaluation.pairs import evaluate_pairs
 from modeling_gcl import GCLModel, contrastive_loss, gcl_loss
-from training.arguments import GCLTrainingArguments
 from training.source_checks import DataError
+from training.training_arguments import GCLTrainingArguments
 
 
 def weights(trainer):
