@@ -33,6 +33,7 @@ RUNS = {
     "resumed": ADAMW,
 }
 FSDP2_RUNS = {
+    "cached": ADAMW | {"gradient_accumulation_steps": 2, "grad_cache_chunk": 2},
     "bf16": {"bf16": True, "learning_rate": 1e-2},
     "checkpointed": {"checkpointed": True},
     "siglip2": {"encoder": "siglip2", "max_steps": 2},

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -23,11 +24,19 @@ def launch(processes, out):
     return torch.load(out, weights_only=True)
 
 
-def test_two_processes_in_chunks_train_as_one_without_also_after_a_shortage_of_memory(tmp_path):
-    one, two = launch(1, tmp_path / "one.pt"), launch(2, tmp_path / "two.pt")
-    assert one.keys() < two.keys() and len(two) == 8
-    for case, parameters in two.items():
-        expected = one.get(case, one["gcl"])  # a shortage of memory changes nothing
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    return launch(1, tmp_path_factory.mktemp("one") / "weights.pt")
+
+
+@pytest.mark.parametrize("processes, cases", [(2, 10), (3, 5)])
+def test_processes_in_chunks_train_as_one_without_also_after_a_shortage_of_memory(
+    processes, cases, one_process, tmp_path
+):
+    several = launch(processes, tmp_path / "weights.pt")
+    assert len(several) == cases
+    for case, parameters in several.items():
+        expected = one_process.get(case, one_process["gcl"])  # a shortage of memory changes nothing
         for name, parameter in parameters.items():
             torch.testing.assert_close(
                 parameter, expected[name], atol=1e-5, rtol=1e-4, msg=lambda m, at=(case, name): f"{at}: {m}"
