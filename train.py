@@ -170,8 +170,12 @@ def write_results(folder, recipe, trainer, train_reports, eval_report, before, a
         licence=recipe.model.licence,
         command=results["command"],
         recipe=recipe.settings,
-        training_arguments={name: value for name in CARD_ARGUMENTS if (value := getattr(arguments, name)) is not None},
-        data=[data_source(*read) for read in zip(recipe.data.train, train_reports)],
+        training_arguments={
+            name: getattr(value, "value", value)  # of transformers' enumerations
+            for name in CARD_ARGUMENTS
+            if (value := getattr(arguments, name)) is not None
+        },
+        data=[data_source(*read, broken_images) for read in zip(recipe.data.train, train_reports)],
         environment=environment,
         train_runtime=runtime,
         parameters={"total": total["parameters"], "trainable": total["trained"]},
@@ -200,13 +204,15 @@ def draw_pictures(folder, history, before, after, trainer):
     return pictures
 
 
-def data_source(source, report):
-    """What the card says of one source. Of an absolute path only the name: the rest is the user's own business."""
+def data_source(source, report, broken_images=()):
+    """What the card says of one source. Of an absolute path only the name: the rest is the user's own business.
+
+    `broken_images`: those that training met, of any source, each named "source, pair id: what is wrong"."""
     on_hub = report.split is not None
     return DataSource(
         source=Path(report.path).name if Path(report.path).is_absolute() else report.path,
         pairs=report.pairs,
-        skipped=report.num_skipped,
+        skipped=report.num_skipped + sum(name.startswith(f"{source.path}, ") for name in broken_images),
         name=source.name,
         revision=report.revision,
         licence=source.licence,
@@ -221,7 +227,7 @@ def report_to_user(folder, results, seconds):
         print("\n" + (nine_way_table(last) if first is None else nine_way_table(first, last)))
     if results["broken_images"]:
         shown = "; ".join(results["broken_images"][:20])
-        print(f"\n{len(results['broken_images'])} unreadable images were skipped: {shown}")
+        print(f"\nUnreadable images that were skipped, {len(results['broken_images'])}: {shown}")
     print(f"\n{seconds:.0f} s in all. Written to {folder}:")
     for path in sorted(folder.rglob("*")):
         if path.is_file():

@@ -202,12 +202,14 @@ def training_curves(log_history: Sequence[dict], path: str | Path) -> Path:
             )
         ax.set(title=title, xlabel="optimiser step", ylabel=unit)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+        ax.ticklabel_format(axis="y", useOffset=False)  # a change in the fourth digit must not look like a collapse
         ax.margins(y=0.1)
         ax.grid(alpha=0.3)
         if len(series) > 1:
             ax.legend(frameon=False, fontsize=9)
         if series is scale:
             right = ax.secondary_yaxis("right", functions=(_reciprocal, _reciprocal))
+            right.ticklabel_format(axis="y", useOffset=False)
             right.set_ylabel("temperature τ")
     return _save(figure, path)
 

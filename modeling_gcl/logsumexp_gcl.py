@@ -112,8 +112,8 @@ def block_logsumexp(
         cache_bytes = 0
     processes = processes or OneProcess()
     embeds = [x.contiguous() for x in embeds]
-    work = _Work(Pairs(tuple(embeds), tuple(labels), semantic), blocks, processes, sizes or [len(embeds[0])])
-    return _BlockLogSumExp.apply(work, bf16, cache_bytes, scale, *embeds)
+    shares = blocks, processes, sizes or [len(embeds[0])]
+    return _BlockLogSumExp.apply(shares, labels, semantic, bf16, cache_bytes, scale, *embeds)
 
 
 class _Work:
@@ -141,7 +141,7 @@ class _Work:
             everyone.extend(arrive())
         for rows in (slice(0, self.rows.start), slice(self.rows.stop, self.num_pairs)):
             if rows.start < rows.stop:
-                others = self.own.replaced(everyone).select(rows)
+                others = Pairs.of(everyone, self.own.make).select(rows)
                 yield Panel(self.own, others, self.blocks), rows, None
 
     def _half_ring(self):
@@ -150,7 +150,7 @@ class _Work:
         arrive = self._start_visit(1)
         yield Panel(self.own, self.own, self.blocks, symmetric=True), self.rows, None
         for distance in range(1, size // 2 + 1):
-            visitors = self.own.replaced(arrive())
+            visitors = Pairs.of(arrive(), self.own.make)
             arrive = self._start_visit(distance + 1)
             host = (rank - distance) % size
             start = sum(self.sizes[:host])
@@ -178,9 +178,11 @@ class _BlockLogSumExp(torch.autograd.Function):
     tile serves [a, m] by its rows and [m, a] by its columns, so both gradients use W = X ∘ (g/z ⊕ (g/z)ᵀ)."""
 
     @staticmethod
-    def forward(ctx, work, bf16, cache_bytes, scale, *embeds):
+    def forward(ctx, shares, labels, semantic, bf16, cache_bytes, scale, *embeds):
         with torch.autocast(scale.device.type, enabled=False):
-            ctx.work, ctx.bf16, ctx.scale = work, bf16, scale.item()
+            own = Pairs(embeds, tuple(labels), semantic)
+            work = _Work(own, *shares)
+            ctx.shares, ctx.make, ctx.bf16, ctx.scale = shares, own.make, bf16, scale.item()
             ctx.shift = _fixed_shift(ctx.scale, work.num_pairs, scale.dtype)
             cache = TileCache(cache_bytes, torch.bfloat16 if bf16 else scale.dtype)
             everyone = []
@@ -194,24 +196,24 @@ class _BlockLogSumExp(torch.autograd.Function):
             cosines = scale.new_zeros(len(embeds), len(embeds), len(embeds[0]))
             for a, m in combinations(range(len(embeds)), 2):
                 cosines[a, m] = torch.linalg.vecdot(embeds[a].to(scale.dtype), embeds[m].to(scale.dtype))
-            ctx.num_gathered = len(everyone)
-            ctx.save_for_backward(saved, *embeds, *everyone, *cache.tiles)
+            ctx.num_own, ctx.num_gathered = len(own.tensors()), len(everyone)
+            ctx.save_for_backward(saved, *own.tensors(), *everyone, *cache.tiles)
             return negatives, _rows_last(work.gather(_rows_first(cosines)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, from_negatives, from_cosines):
         saved, *rest = ctx.saved_tensors
-        work = ctx.work
+        own, rest = Pairs.of(rest[: ctx.num_own], ctx.make), rest[ctx.num_own :]
+        everyone, cached = rest[: ctx.num_gathered], rest[ctx.num_gathered :]
+        work, embeds = _Work(own, *ctx.shares), own.embeds
         with torch.autocast(saved.device.type, enabled=False):
-            needs_scale, *needs = ctx.needs_input_grad[3:]
-            embeds, rest = rest[: len(needs)], rest[len(needs) :]
-            everyone, cached = rest[: ctx.num_gathered], rest[ctx.num_gathered :]
+            needs_scale, *needs = ctx.needs_input_grad[5:]
             grads = [
                 torch.zeros_like(x, dtype=saved.dtype) if need or needs_scale else None
                 for x, need in zip(embeds, needs)
             ]
-            _add_gradients(ctx, from_negatives, saved, everyone, cached, grads)
+            _add_gradients(ctx, work, from_negatives, saved, everyone, cached, grads)
             from_scale = None
             if needs_scale:  # Σ g dS/ds = Σ g S/s = <W E, E>/2, as W holds each entry of g in its row and in its column
                 from_scale = (
@@ -228,11 +230,12 @@ class _BlockLogSumExp(torch.autograd.Function):
                         grad.addcmul_(by_cosine, embeds[other])
                 grad.mul_(work.processes.size)
             grads = (grad.to(x.dtype) if need else None for grad, x, need in zip(grads, embeds, needs))
-            return None, None, None, from_scale, *grads
+            return None, None, None, None, None, from_scale, *grads
 
 
 def _fixed_shift(scale, num_pairs, dtype):
-    """Smallest c ≥ 0 for which N terms exp(s·cosine − c) cannot overflow; leaves the most room to small cosines."""
+    """Smallest c ≥ 0 for which N terms exp(s·cosine − c) cannot overflow; leaves the most room to small cosines.
+    (Semantic factors reach 2: what they make overflow is found by `_all_safe`.)"""
     return max(0.0, scale - (math.log(torch.finfo(dtype).max) - 2 - math.log(num_pairs)))
 
 
@@ -280,9 +283,8 @@ def _all_safe(sums, blocks):
     return bool(((sums >= sums.shape[-1] * limits.tiny / limits.eps) & (sums <= limits.max)).all())
 
 
-def _add_gradients(ctx, above, saved, everyone, cached, grads):
+def _add_gradients(ctx, work, above, saved, everyone, cached, grads):
     """Add W·E to the gradients of this process's rows that are not None."""
-    work = ctx.work
     ratios = above if ctx.exact else above / saved  # g/z
     cached = replay(cached)
     for panel, rows, distance in work.panels(everyone):

@@ -78,8 +78,9 @@ def gcl_loss(
     Raises:
         ValueError: embeddings of unequal shapes or devices, an empty batch, rows not of unit norm (within 1 %),
             `logit_scale` not one positive number, unknown `denominator` or direction, ids that are not one per pair,
-            or weights that are negative or all zero. Of several processes all raise, naming the one at fault, also when
-            their arguments differ.
+            or weights that are not finite, negative or all zero. Of several processes all raise, naming the one at
+            fault, also when their arguments differ.
+        TypeError: embeddings or ids that are no tensors.
         NonFiniteError: embeddings or `logit_scale` hold NaN or infinity; a `ValueError` and a `FloatingPointError`.
 
     Example:
@@ -150,6 +151,8 @@ def alignclip_loss(
         separation_weight (`float`): weight of the separation.
         Others, result and errors as for [`gcl_loss`].
     """
+    if not (math.isfinite(separation_weight) and separation_weight >= 0):
+        raise ValueError(f"separation_weight must be finite and not negative, got {separation_weight}")
     batch = _Batch(
         (image_embeds, text_embeds), logit_scale, ids, caption_ids, processes=processes,
         semantic=text_embeds if semantic_embeds is None else semantic_embeds,
@@ -173,22 +176,23 @@ class _Batch:
         self.processes, self.semantic, error = processes or OneProcess(), semantic, None
         try:
             self._take(dict(zip(MODALITIES.values(), embeds)), logit_scale)
-        except ValueError as found:  # told to the other processes, which would wait for this one otherwise
+        except (ValueError, TypeError) as found:  # told to the other processes, which would wait for this one otherwise
             error = found
-        shared = (
-            None
-            if error
-            else (settings or {})
-            | {
-                "modalities": self.modalities,
-                "embedding size": self.embeds[0].shape[1],
-                "dtypes": [x.dtype for x in embeds],
-                "labels": list(self.labels),
-                "semantic_embeds": None if semantic is None else (semantic.shape[1], semantic.dtype),
-                "logit_scale": self.scale.item(),
-            }
-        )
+        shared = None if error else self._shared(settings or {}, embeds)
         self.sizes = self.processes.agree(len(self.embeds[0]) if shared else 0, shared, error)
+
+    def _shared(self, settings, embeds):
+        """What must be the same on all processes, else they would wait for each other or compute different losses."""
+        return settings | {
+            "modalities": self.modalities,
+            "embedding size": self.embeds[0].shape[1],
+            "dtypes": [x.dtype for x in embeds],
+            "labels": {name: x.dtype for name, x in self.labels.items()},
+            "semantic_embeds": None if self.semantic is None else (self.semantic.shape[1], self.semantic.dtype),
+            "logit_scale": self.scale.item(),
+            "gradients": torch.is_grad_enabled() and [x.requires_grad for x in (*embeds, self.scale)],
+            "half_ring": self.processes.half_ring,
+        }
 
     def _take(self, embeds, logit_scale):
         """Check the arguments of this process and bring them to full precision."""
@@ -265,8 +269,8 @@ def _checked_weights(weights):
     if unknown:
         raise ValueError(f"direction_weights names {sorted(unknown)}; the directions are {list(DIRECTIONS)}")
     weights = {direction: float(weights.get(direction, 1.0)) for direction in DIRECTIONS}
-    if min(weights.values()) < 0 or sum(weights.values()) == 0:
-        raise ValueError(f"direction_weights must be non-negative and not all zero, got {weights}")
+    if not all(math.isfinite(w) and w >= 0 for w in weights.values()) or sum(weights.values()) == 0:
+        raise ValueError(f"direction_weights must be finite, non-negative and not all zero, got {weights}")
     return weights
 
 
@@ -278,6 +282,9 @@ def _weighted_mean(terms, weights, return_terms):
 
 
 def _check_shapes(embeds, labels):
+    for name, x in (embeds | labels).items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
     shapes = {name: tuple(x.shape) for name, x in embeds.items()}
     shape = shapes["image_embeds"]
     if set(shapes.values()) != {shape} or len(shape) != 2:

@@ -29,14 +29,21 @@ class Pairs(NamedTuple):
         """All of them in one list, for the journey to another process."""
         return [*self.embeds, *self.labels, *([] if self.semantic is None else [self.semantic])]
 
-    def replaced(self, tensors):
-        """Pairs of the same make with other `tensors()`."""
-        tensors, m = tuple(tensors), len(self.embeds)
-        return Pairs(tensors[:m], tensors[m : m + len(self.labels)], None if self.semantic is None else tensors[-1])
+    @property
+    def make(self):
+        """(M, number of labels), with which `of` puts `tensors()` together again."""
+        return len(self.embeds), len(self.labels)
+
+    @classmethod
+    def of(cls, tensors, make):
+        """Pairs of a list of tensors."""
+        (m, num_labels), tensors = make, tuple(tensors)
+        semantic = tensors[m + num_labels :]
+        return cls(tensors[:m], tensors[m : m + num_labels], semantic[0] if semantic else None)
 
     def select(self, rows):
         """Pairs of a slice of them."""
-        return self.replaced(x[rows] for x in self.tensors())
+        return Pairs.of((x[rows] for x in self.tensors()), self.make)
 
 
 class Panel:

@@ -22,19 +22,25 @@ class BatchPlan:
     negatives: int
     chunk_that_fits: int | None = None
 
+    @property
+    def pairs(self) -> int:
+        """Pairs of one optimiser step over all processes."""
+        return self.micro_batch * self.accumulation * self.processes
+
     def line(self) -> str:
         """One line for the log."""
-        pairs = self.micro_batch * self.accumulation * self.processes
         text = (
-            f"{pairs:,} pairs a step = {self.micro_batch} a micro-batch x {self.accumulation} accumulated x "
-            f"{self.processes} {'process' if self.processes == 1 else 'processes'}, "
+            f"{self.pairs:,} pairs a step = {self.micro_batch} a micro-batch x {self.accumulation} accumulated x "
+            f"{self.processes} {'process' if self.processes == 1 else 'processes'}"
         )
         if self.chunk is not None:
-            text += f"embedded in chunks of {min(self.chunk, self.micro_batch)}; "
-        text += f"each query sees {self.negatives:,} negatives"
+            text += f", embedded in chunks of {min(self.chunk, self.micro_batch)}"
+        text += f"; each query sees {self.negatives:,} negatives"
+        if self.chunk is None and self.accumulation > 1:
+            text += ", those of its own micro-batch (with grad_cache_chunk of all)"
         if self.chunk_that_fits is not None and self.chunk_that_fits >= 2 * self.micro_batch:
             text += (
-                f" (memory holds chunks of {self.chunk_that_fits}, faster on an accelerator: raise "
+                f" (memory holds chunks of {self.chunk_that_fits} at least, faster on an accelerator: raise "
                 "per_device_train_batch_size to use them)"
             )
         return text
@@ -74,7 +80,7 @@ def accumulation_for(effective: int, micro_batch: int, processes: int, num_train
         if effective % processes == 0:
             share = effective // processes
             divisor = next(n for n in range(min(micro_batch, share), 0, -1) if share % n == 0)
-            text += f", or per_device_train_batch_size {divisor}"
+            text += f", or per_device_train_batch_size {divisor}" if divisor > 1 else ""
         raise ValueError(
             f"training.effective_batch_size is {effective}, no multiple of per_device_train_batch_size x processes = "
             f"{micro_batch} x {processes}: {text}"

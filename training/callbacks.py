@@ -1,6 +1,7 @@
 """What happens around the steps: epochs reach the data, the temperature keeps its bound, broken images are counted."""
 
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from .sharding import tell_optimizer
 
@@ -10,6 +11,31 @@ class DataEpochCallback(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         train_dataloader.dataset.set_epoch(int(state.epoch or 0))
+
+
+class BatchSizeCallback(TrainerCallback, ExportableState):
+    """Puts the pairs of a step into checkpoints, and refuses to resume where they differ or no step is left."""
+
+    def __init__(self, pairs_per_step):
+        self.pairs_per_step = pairs_per_step
+
+    def state(self):
+        """What a checkpoint's `trainer_state.json` holds of this."""
+        return {"args": {"pairs_per_step": self.pairs_per_step}, "attributes": {}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = (state.stateful_callbacks or {}).get(type(self).__name__, self.state())["args"]["pairs_per_step"]
+        if saved != self.pairs_per_step:
+            raise ValueError(
+                f"the checkpoint was trained with {saved} pairs a step and can't be resumed with {self.pairs_per_step}: "
+                "its steps would be other ones. Use the same batch, or train from the checkpoint's weights with "
+                "model.encoder"
+            )
+        if state.global_step >= state.max_steps:
+            raise ValueError(
+                f"nothing is left to train: the checkpoint is at step {state.global_step} of {state.max_steps}. Raise "
+                "training.num_train_epochs or max_steps, or don't resume"
+            )
 
 
 class LogitScaleCallback(TrainerCallback):

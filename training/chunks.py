@@ -34,17 +34,19 @@ class Chunk:
         }
 
 
-def split_batch(inputs, labels, size=None):
+def split_batch(inputs, labels, size=None, trim_texts=True):
     """
     Split a micro-batch into chunks of equal length, give or take one pair.
 
     Pairs are sorted by the length of their texts, and columns in which all texts of a chunk are masked are cut off at
-    the right: text towers give the same without them. Texts without a mask, or padded at the left, are not touched.
+    the right: text towers give the same without them, except those trained on texts of one length. Texts without a mask,
+    or padded at the left, are not touched.
 
     Args:
         inputs (`dict[str, torch.Tensor]`): the model's inputs, one row per pair.
         labels (`dict[str, torch.Tensor]`): what else goes with the pairs, each of shape `(n,)`.
         size (`int`, *optional*): most pairs of a chunk; by default all are one.
+        trim_texts (`bool`): False where the text tower needs texts of one length.
 
     Returns:
         `list[Chunk]`, shortest texts first. A micro-batch that fits in one chunk is that chunk as it is.
@@ -52,7 +54,7 @@ def split_batch(inputs, labels, size=None):
     num_pairs = len(next(iter(inputs.values())))
     if size is None or num_pairs <= size:
         return [Chunk(inputs, labels)]
-    mask = inputs.get("attention_mask")
+    mask = inputs.get("attention_mask") if trim_texts else None
     if mask is None:
         order, lengths = torch.arange(num_pairs), None
     else:

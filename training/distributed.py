@@ -37,8 +37,16 @@ class Processes:
 
     def __init__(self, device="cpu", half_ring=False):
         self.device, self.half_ring = torch.device(device), half_ring
-        self.size = world_size()
-        self.rank = dist.get_rank() if self.size > 1 else 0
+
+    @property
+    def size(self):
+        """Number of processes."""
+        return world_size()
+
+    @property
+    def rank(self):
+        """Which of them this is."""
+        return dist.get_rank() if self.size > 1 else 0
 
     def agree(self, num_rows, settings, error=None):
         """

@@ -40,6 +40,7 @@ class GradCache:
         no_sync (`Callable`): `no_sync(model)` is a context in which backward does not communicate.
         exchange (`Callable`): `exchange(number)` gives the numbers of all processes as a list, in rank order.
         sharded (`bool`): whether embedding communicates (FSDP), so that a process can't go back on its own.
+        trim_texts (`bool`): whether chunks may lose columns of padding, as `split_batch` says.
         measure (`Callable`): `measure("encoder")` and `measure("loss")` are contexts around these parts of a step.
     """
 
@@ -54,12 +55,14 @@ class GradCache:
         no_sync: Callable = lambda model: nullcontext(),
         exchange: Callable = lambda number: [number],
         sharded: bool = False,
+        trim_texts: bool = True,
         measure: Callable = lambda part: nullcontext(),
     ):
         self.embed, self.loss, self.backward = embed, loss, backward
         self.device = device
         self.chunk_size = chunk_size
         self.no_sync, self.exchange, self.sharded, self.measure = no_sync, exchange, sharded, measure
+        self.trim_texts = trim_texts
         self.num_processes = 1
         self.halved = False
 
@@ -99,7 +102,7 @@ class GradCache:
         return self._attempt(model, self._chunks(micro_batches))
 
     def _chunks(self, micro_batches):
-        chunks = [chunk for batch in micro_batches for chunk in split_batch(*batch, self.chunk_size)]
+        chunks = [chunk for batch in micro_batches for chunk in split_batch(*batch, self.chunk_size, self.trim_texts)]
         if self.chunk_size is not None:
             counts = self.exchange(len(chunks))
             self.num_processes = len(counts)

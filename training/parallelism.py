@@ -1,7 +1,7 @@
 """What several processes can and can't do together, said before training starts.
 
-The loss needs every rank to hold equally many different pairs and gradients to be averaged over ranks: so do
-DistributedDataParallel, FSDP2 and DeepSpeed ZeRO-1.
+Every rank must hold equally many different pairs, and gradients be averaged over ranks: so do DistributedDataParallel,
+FSDP2 and DeepSpeed ZeRO-1.
 """
 
 import os

@@ -21,7 +21,7 @@ from evaluation.pairs import embed_pairs, evaluate_embeddings
 from modeling_gcl import alignclip_loss, contrastive_loss, gcl_loss
 
 from .batch_plan import BatchPlan, accumulation_for, negatives_per_query
-from .callbacks import BrokenImagesCallback, DataEpochCallback, LogitScaleCallback
+from .callbacks import BatchSizeCallback, BrokenImagesCallback, DataEpochCallback, LogitScaleCallback
 from .chunks import widen_texts
 from .data import BrokenImages
 from .distributed import Processes, RowShardedEncoder
@@ -51,9 +51,6 @@ class GCLTrainer(Trainer):
         FloatingPointError: embeddings or the temperature are NaN or infinite.
     """
 
-    # the loss of a micro-batch is a mean: accumulation must divide it, whatever the model's signature suggests
-    loss_is_scaled_for_ga = False
-
     def __init__(self, *args, max_broken_share=0.01, **kwargs):
         super().__init__(*args, **kwargs)
         check_parallelism(self.args, self.accelerator)
@@ -78,12 +75,21 @@ class GCLTrainer(Trainer):
         self.current_gradient_accumulation_steps = 1
         self._fetched = []  # the micro-batches of this optimiser step, as Trainer holds them
         self._micro_batches = []  # those of them that wait for the last one
-        self._terms = defaultdict(list)  # since the last log entry
+        self._terms = defaultdict(list)  # of the steps since the last log entry
+        self._num_steps = 0
+        self.add_callback(BatchSizeCallback(self.batch_plan.pairs))
         self.add_callback(DataEpochCallback)
         self.add_callback(LogitScaleCallback)
         self.add_callback(StepTimerCallback(self.timer))
         self.add_callback(SavedClassCallback)
         self.add_callback(BrokenImagesCallback(self))
+
+    def train(self, *args, **kwargs):
+        """As Trainer's; figures of an earlier run that were not logged are forgotten."""
+        self._terms.clear()
+        self._num_steps = 0
+        self.timer.pop_shares()
+        return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As Trainer's: the micro-batches of one optimiser step."""
@@ -107,8 +113,9 @@ class GCLTrainer(Trainer):
         micro_batches, self._micro_batches = self._micro_batches, []
         loss, (terms, logit_scale) = self.grad_cache.step(model, micro_batches)
         for name, term in terms.items():
-            self._terms[f"loss_{name}".replace("->", "→")].append(term)
-        self._terms["logit_scale"].append(logit_scale)
+            self._terms[f"loss_{name}".replace("->", "→")].append(term / self._loss_divisor)
+        self._terms["logit_scale"].append(logit_scale / self._loss_divisor)
+        self._num_steps += self.accelerator.sync_gradients
         pairs = sum(len(inputs["input_ids"]) for inputs, _ in micro_batches)
         self.timer.add_pairs(pairs * self.args.world_size)
         every = self.args.torch_empty_cache_steps
@@ -182,6 +189,7 @@ class GCLTrainer(Trainer):
             no_sync=self.accelerator.no_sync,
             exchange=self._exchange,
             sharded=self.is_fsdp_enabled,
+            trim_texts=getattr(self.processing_class, "text_padding", None) != "max_length",
             measure=self.timer.measure,
         )
 
@@ -192,6 +200,11 @@ class GCLTrainer(Trainer):
             raise ValueError(
                 "training.grad_cache_chunk and effective_batch_size don't work with DeepSpeed, whose engine counts "
                 "every chunk as a step: use DDP or FSDP, or leave them out"
+            )
+        if self.args.auto_find_batch_size:
+            raise ValueError(
+                "training.auto_find_batch_size does nothing with grad_cache_chunk or effective_batch_size, which bound "
+                "the memory by the chunk: leave it out"
             )
         norms = [name for name, module in self.model.named_modules() if isinstance(module, _BatchNorm)]
         trained = {name.rpartition(".")[0] for name, p in self.model.named_parameters() if p.requires_grad}
@@ -240,7 +253,8 @@ class GCLTrainer(Trainer):
             processes=args.world_size,
             chunk=self.grad_cache.chunk_size,
             negatives=negatives_per_query(pairs, args.loss, args.denominator, args.intra_modality),
-            chunk_that_fits=self._chunk_that_fits,
+            # on the CPU larger chunks are no faster
+            chunk_that_fits=None if args.device.type == "cpu" else self._chunk_that_fits,
         )
 
     @property
@@ -279,9 +293,10 @@ class GCLTrainer(Trainer):
     def log(self, logs, *args, **kwargs):
         """As Trainer's, with the means since the last entry of each direction's loss and of 1/τ, and `StepTimer`'s."""
         if "loss" in logs:
-            logs |= {name: torch.stack(values).mean().item() for name, values in self._terms.items()}
+            logs |= {name: torch.stack(values).sum().item() / self._num_steps for name, values in self._terms.items()}
             logs |= self.timer.pop_shares()
             self._terms.clear()
+            self._num_steps = 0
         super().log(logs, *args, **kwargs)
 
     def gather_broken_images(self):

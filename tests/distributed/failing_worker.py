@@ -44,14 +44,14 @@ def training(arguments):
     import train
     from training.trainer import GCLTrainer
 
-    compute_loss = GCLTrainer.compute_loss
+    training_step = GCLTrainer.training_step
 
     def fail_in_step_two(self, *args, **kwargs):
         if self.state.global_step == 1:
             fail()
-        return compute_loss(self, *args, **kwargs)
+        return training_step(self, *args, **kwargs)
 
-    GCLTrainer.compute_loss = fail_in_step_two
+    GCLTrainer.training_step = fail_in_step_two
     train.main(arguments)
 
 

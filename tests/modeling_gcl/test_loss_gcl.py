@@ -1,6 +1,8 @@
 """The losses against slow hand-written loops and the dense oracle in float64, SupCon, facts of the paper, switches."""
 
+import gc
 import math
+import weakref
 from itertools import permutations
 
 import dense_loss
@@ -242,12 +244,33 @@ def test_weights_select_terms():
         ({"ids": torch.zeros(5)}, r"ids must hold one label per pair, shape \(2,\)"),
         ({"direction_weights": {"i->x": 1.0}}, "direction_weights names"),
         ({"direction_weights": {"i->t": -1.0}}, "non-negative"),
+        ({"direction_weights": {"i->t": math.nan}}, "finite"),
     ],
 )
 def test_bad_arguments_are_named(change, message):
     arguments = dict(zip(("image_embeds", "text_embeds", "fused_embeds"), random_embeds(2, 4))) | {"logit_scale": 1.0}
     with pytest.raises(ValueError, match=message):
         gcl_loss(**(arguments | change))
+
+
+def test_what_is_no_tensor_is_named():
+    embeds = random_embeds(2, 4)
+    with pytest.raises(TypeError, match="ids must be a torch.Tensor, got list"):
+        gcl_loss(*embeds, 1.0, ids=[1, 2])
+    with pytest.raises(ValueError, match="separation_weight must be finite"):
+        alignclip_loss(*embeds[:2], 1.0, separation_weight=-1.0)
+
+
+def test_a_loss_that_is_kept_keeps_no_embeddings_after_backward():
+    embeds = [x.requires_grad_() for x in random_embeds(5, 4)]
+    leaf = embeds[0] * 1.0
+    loss = gcl_loss(leaf, *embeds[1:], 1.0)
+    alive = weakref.ref(leaf)
+    del leaf
+    assert alive() is not None
+    loss.backward()
+    gc.collect()
+    assert alive() is None
 
 
 def test_empty_batch_is_an_error():
