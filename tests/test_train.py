@@ -75,7 +75,7 @@ def test_a_folder_with_broken_images_trains_and_reports_them(recipe, tmp_path, c
     train.main([str(recipe), "--train", str(photos), "--data.max_broken_share", "0.1", "--eval_on_start", "false"])
     printed = capsys.readouterr().out
     assert "20 pairs, 20 captions, 1 left out" in printed
-    assert re.search(r"1 unreadable images were skipped: .*3\.png", printed)
+    assert re.search(r"Unreadable images that were skipped, 1: .*3\.png", printed)
     results = json.loads((tmp_path / "out" / "model" / "results.json").read_text())
     assert results["before"] is None and results["data"][0]["skipped"] and len(results["broken_images"]) == 1
     with pytest.raises(SystemExit, match="absent.png.*over data.max_broken_share"):

@@ -27,9 +27,8 @@ class BatchSizeCallback(TrainerCallback, ExportableState):
         saved = (state.stateful_callbacks or {}).get(type(self).__name__, self.state())["args"]["pairs_per_step"]
         if saved != self.pairs_per_step:
             raise ValueError(
-                f"the checkpoint was trained with {saved} pairs a step and can't be resumed with {self.pairs_per_step}: "
-                "its steps would be other ones. Use the same batch, or train from the checkpoint's weights with "
-                "model.encoder"
+                f"the checkpoint was trained with {saved} pairs a step, it can't be resumed with {self.pairs_per_step}:"
+                " use batches of the same size, or start anew from the checkpoint's weights (as model.encoder)"
             )
         if state.global_step >= state.max_steps:
             raise ValueError(

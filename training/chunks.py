@@ -39,8 +39,8 @@ def split_batch(inputs, labels, size=None, trim_texts=True):
     Split a micro-batch into chunks of equal length, give or take one pair.
 
     Pairs are sorted by the length of their texts, and columns in which all texts of a chunk are masked are cut off at
-    the right: text towers give the same without them, except those trained on texts of one length. Texts without a mask,
-    or padded at the left, are not touched.
+    the right: text towers give the same without them, except those trained on texts of one length. Texts without a
+    mask, or padded at the left, are not touched.
 
     Args:
         inputs (`dict[str, torch.Tensor]`): the model's inputs, one row per pair.

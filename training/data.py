@@ -118,8 +118,8 @@ class PairDataset(torch.utils.data.Dataset):
                 broken.append(f"{self.names[source]}, {pair['id']}: {error}")
             if len(broken) == min(MAX_BROKEN_IN_A_ROW, self.sizes[source]):
                 raise DataError(
-                    f"{len(broken)} images in a row can't be read, the first: {broken[0]}. Repair them, or remove their "
-                    "pairs: data.max_broken_share allows for few among many"
+                    f"{len(broken)} images in a row can't be read, the first: {broken[0]}. Repair them or remove their "
+                    "pairs; data.max_broken_share allows for few among many"
                 )
             row = (row + 1) % self.sizes[source]
         text = pair["captions"][rng.integers(len(pair["captions"]))]

@@ -88,6 +88,12 @@ class GCLTrainingArguments(TrainingArguments):
         per_device_train_batch_size (`int`, *optional*, defaults to 64):
             Pairs per device and micro-batch. The loss sees the negatives of all devices; gradient accumulation adds
             none without `grad_cache_chunk` or `effective_batch_size`.
+        gradient_accumulation_steps (`int`, *optional*, defaults to 1):
+            Micro-batches of an optimiser step. With `grad_cache_chunk` they are one contrastive batch; without it their
+            losses are averaged, and none sees the others' negatives.
+        ddp_find_unused_parameters (`bool`, *optional*, defaults to `False`):
+            Whether DistributedDataParallel looks in each step for parameters without a gradient; only backbones with
+            trained parameters that no embedding depends on need it.
         per_device_eval_batch_size (`int`, *optional*, defaults to 64):
             Rows embedded at once in evaluation.
         num_train_epochs (`float`, *optional*, defaults to 1.0):
@@ -144,6 +150,8 @@ class GCLTrainingArguments(TrainingArguments):
     eval_seed: int = 0
     resume_from_checkpoint: bool | str | None = None
     per_device_train_batch_size: int = 64
+    gradient_accumulation_steps: int = 1
+    ddp_find_unused_parameters: bool | None = False
     per_device_eval_batch_size: int = 64
     num_train_epochs: float = 1.0
     learning_rate: float = 1e-5

@@ -74,3 +74,11 @@ def test_widened_texts_keep_their_first_columns():
     assert torch.equal(wide["input_ids"][:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
     assert wide["pixel_values"] is inputs["pixel_values"]
     assert widen_texts(inputs, 2)["input_ids"] is inputs["input_ids"]
+
+
+def test_texts_of_one_length_are_left_whole():
+    """SigLIP's tower pools the last position, whatever mask the tokenizer makes."""
+    inputs = batch_of("clip", padding="max_length")
+    for chunk in split_batch(inputs, {}, 2, trim_texts=False):
+        assert chunk.inputs()["input_ids"].shape == (2, inputs["input_ids"].shape[1])
+    assert split_batch(inputs, {}, 2)[0].inputs()["input_ids"].shape[1] < inputs["input_ids"].shape[1]

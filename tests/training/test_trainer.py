@@ -7,6 +7,7 @@ from training_runs import make_pairs, make_trainer
 
 from evaluation.pairs import evaluate_pairs
 from modeling_gcl import GCLModel, contrastive_loss, gcl_loss
+from training.data import PairCollator
 from training.source_checks import DataError
 from training.training_arguments import GCLTrainingArguments
 
@@ -206,3 +207,49 @@ def test_figures_reach_tensorboard(tmp_path):
     tags = set(events.Tags()["scalars"])
     assert {"train/loss", "train/loss_i→t", "train/logit_scale", "train/grad_norm"} <= tags
     assert "eval/headline_global" in tags
+
+
+def test_a_checkpoint_is_resumed_with_the_same_batch_and_steps_to_go(tmp_path):
+    make_trainer(tmp_path, num_train_epochs=1, save_strategy="epoch").train()
+    checkpoint = str(tmp_path / "checkpoint-6")
+    with pytest.raises(ValueError, match="trained with 8 pairs a step, it can't be resumed with 16"):
+        make_trainer(tmp_path, per_device_train_batch_size=16).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="it can't be resumed with 16"):
+        make_trainer(tmp_path, effective_batch_size=16).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="nothing is left to train: the checkpoint is at step 6 of 6"):
+        make_trainer(tmp_path, num_train_epochs=1).train(resume_from_checkpoint=checkpoint)
+    resumed = make_trainer(tmp_path, num_train_epochs=2)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert resumed.state.global_step == 12
+
+
+@pytest.mark.parametrize("chunk", [None, 4])
+def test_logged_terms_make_up_the_logged_loss(chunk, tmp_path):
+    """Over several steps, a smaller last group, and a second run after steps that were not logged."""
+    trainer = make_trainer(
+        tmp_path, make_pairs(64), gradient_accumulation_steps=3, num_train_epochs=1, logging_steps=2,
+        grad_cache_chunk=chunk, logging_first_step=False, learning_rate=1e-4,
+    )  # fmt: skip
+    for _ in range(2):
+        trainer.train()
+        entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+        assert entries and trainer.state.global_step == 3
+        for entry in entries:
+            terms = [value for name, value in entry.items() if name.startswith("loss_")]
+            assert len(terms) == 6 and entry["loss"] == pytest.approx(sum(terms) / 6, rel=1e-3)
+            assert entry["logit_scale"] == pytest.approx(10.0, rel=1e-2)
+        assert entries[0]["pairs_per_second"] > 0
+
+
+@pytest.mark.parametrize("loss", ["gcl", "cl", "alignclip"])
+def test_every_trained_parameter_gets_a_gradient(loss, backbone, tmp_path):
+    """DistributedDataParallel is not asked to look for those without."""
+    trainer = make_trainer(tmp_path, model=GCLModel.from_encoder(tiny_encoder(backbone)), loss=loss)
+    trainer.data_collator = PairCollator(tiny_processor(backbone))
+    trainer.compute_loss(trainer.model, batch_of(trainer)).backward()
+    assert not [name for name, p in trainer.model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_auto_find_batch_size_is_refused_with_chunks(tmp_path):
+    with pytest.raises(ValueError, match="auto_find_batch_size does nothing with grad_cache_chunk"):
+        make_trainer(tmp_path, auto_find_batch_size=True, grad_cache_chunk=4)
