@@ -216,18 +216,15 @@ class _BlockLogSumExp(torch.autograd.Function):
             _add_gradients(ctx, work, from_negatives, saved, everyone, cached, grads)
             from_scale = None
             if needs_scale:  # Σ g dS/ds = Σ g S/s = <W E, E>/2, as W holds each entry of g in its row and in its column
-                from_scale = (
-                    sum(torch.linalg.vecdot(grad, x.to(grad.dtype)).sum() for grad, x in zip(grads, embeds)) / 2
-                )
-                from_scale = from_scale * work.processes.size
-            for own, grad in enumerate(grads):
+                inner = (torch.linalg.vecdot(grad, x.to(grad.dtype)).sum() for grad, x in zip(grads, embeds))
+                from_scale = sum(inner) / 2 * work.processes.size
+            for a, grad in enumerate(grads):
                 if grad is None:
                     continue
                 grad.mul_(ctx.scale)
-                for other in range(len(embeds)):
-                    if other != own:
-                        by_cosine = from_cosines[min(own, other), max(own, other), work.rows, None]
-                        grad.addcmul_(by_cosine, embeds[other])
+                for m in range(len(embeds)):
+                    if m != a:
+                        grad.addcmul_(from_cosines[min(a, m), max(a, m), work.rows, None], embeds[m])
                 grad.mul_(work.processes.size)
             grads = (grad.to(x.dtype) if need else None for grad, x, need in zip(grads, embeds, needs))
             return None, None, None, None, None, from_scale, *grads
