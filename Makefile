@@ -36,6 +36,8 @@ lint: $(VENV)/installed  ## check style
 bench: $(VENV)/installed  ## measure speed and memory against peers (half an hour of a quiet machine); writes docs/performance.md
 	$(BIN)/pip install --quiet -c constraints-cpu.txt -e ".[bench]"
 	$(BIN)/python benchmarks/loss.py --threads $(THREADS)
+	$(BIN)/python benchmarks/loss.py --threads $(THREADS) --sizes 4096 --out results/benchmarks/loss-sentence-transformers.json \
+		--variants tiles tiles_bf16_all_kept sentence_transformers_1024 sentence_transformers_gcl_1024
 	$(BIN)/python benchmarks/step.py --threads $(THREADS)
 	$(BIN)/python benchmarks/pipeline.py --rounds 3
 	$(BIN)/python benchmarks/scaling.py

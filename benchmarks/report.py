@@ -28,6 +28,7 @@ LABELS = {  # of the variants, in the order of tables, colours and markers
     "checkpointed_strips": "checkpointed strips",
     "open_clip_three_times": "open_clip × 3",
     "sentence_transformers_1024": "sentence-transformers, 1024",
+    "sentence_transformers_gcl_1024": "sentence-transformers, 1024, GCL in six calls",
     "sentence_transformers_32": "sentence-transformers, 32",
     "memeff_three_times": "memeff × 3",
     "inf_cl_three_times": "inf-cl × 3",
