@@ -26,6 +26,27 @@ def convert_towers_command(
     typer.echo(convert_towers(out, projection_dim=projection_dim, image_size=image_size, seed=seed))
 
 
+@convert.command("open-clip")
+def convert_open_clip_command(
+    file: Annotated[Path, typer.Argument(help="State dict of open_clip or TinyCLIP: .pt, .pth, .bin, .safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="Folder or Hub id of CLIP's tokenizer.")
+    ] = "openai/clip-vit-base-patch32",
+    config: Annotated[Path | None, typer.Option(help="The model's open_clip_config.json.")] = None,
+    quick_gelu: Annotated[
+        bool | None, typer.Option("--quick-gelu/--gelu", help="Activation, where no config tells it.")
+    ] = None,
+):
+    """An open_clip or TinyCLIP checkpoint as a folder of transformers' CLIPModel."""
+    from publishing.open_clip import convert_open_clip
+
+    converted = convert_open_clip(file, out, tokenizer=tokenizer, config=config, quick_gelu=quick_gelu)
+    for note in converted.notes:
+        typer.echo(note)
+    typer.echo(converted.folder)
+
+
 @evaluate.command("pairs")
 def evaluate_pairs_command(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")],
