@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from .configuration_gcl import GCLConfig
 from .encoding_gcl import encode_rows
 from .loss_gcl import gcl_loss
+from .modeling_vista import VistaModel
 
 DEFAULT_LOGIT_SCALE = 1 / 0.07
 
@@ -100,7 +101,11 @@ class GCLModel(GCLPreTrainedModel):
     def __init__(self, config, encoder=None):
         config.check_fields()
         super().__init__(config)
-        self.encoder = AutoModel.from_config(config.encoder_config) if encoder is None else encoder
+        if encoder is None:
+            is_vista = config.encoder_config.model_type == VistaModel.config_class.model_type
+            build = VistaModel._from_config if is_vista else AutoModel.from_config
+            encoder = build(config.encoder_config)
+        self.encoder = encoder
         for part in ("get_image_features", "get_text_features", "vision_model", "text_model"):
             if not hasattr(self.encoder, part):
                 raise ValueError(
