@@ -7,6 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 POOLINGS = ("cls", "mean")
 # text towers and the ids that open and close their texts in every released checkpoint
 CLS_AND_SEP = {"bert": (101, 102), "xlm-roberta": (0, 2)}
+LOGIT_SCALE = math.log(50)  # of the paper's temperature, 0.02
 
 
 class EVA02VisionConfig(PreTrainedConfig):
@@ -102,7 +103,7 @@ class VistaConfig(PreTrainedConfig):
         cls_token_id=None,
         sep_token_id=None,
         num_prefix_tokens=None,
-        logit_scale_init_value=math.log(50),
+        logit_scale_init_value=LOGIT_SCALE,
         **kwargs,
     ):
         text_config = tower_config({"model_type": "bert"} if text_config is None else text_config)
