@@ -2,6 +2,8 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from .configuration_vista import VistaConfig
+
 GATED_FUSIONS = ("gated_sum", "gated_normalized_sum")
 FUSIONS = ("sum", "normalized_sum", *GATED_FUSIONS, "native")
 TEXT_POOLINGS = ("encoder", "mean")
@@ -56,6 +58,9 @@ class GCLConfig(PreTrainedConfig):
     ):
         if encoder_config is None:
             encoder_config = AutoConfig.for_model("clip")
+        elif isinstance(encoder_config, dict) and encoder_config.get("model_type") == VistaConfig.model_type:
+            # not registered with AutoConfig: the remote code of two checkpoints would collide there
+            encoder_config = VistaConfig(**{key: encoder_config[key] for key in encoder_config if key != "model_type"})
         elif isinstance(encoder_config, dict):
             encoder_config = dict(encoder_config)
             model_type = encoder_config.pop("model_type", None)

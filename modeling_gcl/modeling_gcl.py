@@ -17,6 +17,7 @@ from .configuration_gcl import GATED_FUSIONS, GCLConfig
 from .encoding_gcl import encode_rows
 from .fusion_gcl import Fusion, GateLayer, choose_fusion, unit
 from .loss_gcl import gcl_loss
+from .modeling_vista import VistaModel
 from .processing_gcl import GCLProcessor
 from .temperature_gcl import LogitScale
 
@@ -88,7 +89,11 @@ class GCLModel(GCLPreTrainedModel):
     def __init__(self, config, encoder=None):
         config.check_fields()
         super().__init__(config)
-        self.encoder = AutoModel.from_config(config.encoder_config) if encoder is None else encoder
+        if encoder is None:
+            is_vista = config.encoder_config.model_type == VistaModel.config_class.model_type
+            build = VistaModel._from_config if is_vista else AutoModel.from_config
+            encoder = build(config.encoder_config)
+        self.encoder = encoder
         for part in ("get_image_features", "get_text_features", "vision_model", "text_model"):
             if not hasattr(self.encoder, part):
                 raise ValueError(
