@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip_states import END, WORDS, clip_like_tokenizer, random_state, reference_features, tinyclip_names
 from safetensors.torch import save_file
-from transformers import AutoImageProcessor, CLIPModel, CLIPProcessor
+from transformers import CLIPModel, CLIPProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import gcl
 from modeling_gcl import GCLModel, GCLProcessor
@@ -213,7 +214,7 @@ def test_images_as_the_config_has_them(preprocess, expected, tmp_path, tokenizer
     config = {"model_cfg": model_config(random_state(), True), "preprocess_cfg": preprocess}
     (tmp_path / "config.json").write_text(json.dumps(config))
     converted = convert(random_state(), tmp_path, tokenizer, config=tmp_path / "config.json")
-    processor = AutoImageProcessor.from_pretrained(converted.folder)
+    processor = CLIPImageProcessorPil.from_pretrained(converted.folder)
     for name, value in expected.items():
         found = dict(processor.size) if name == "size" else getattr(processor, name)
         assert (tuple(found) if isinstance(value, tuple) else found) == value
@@ -233,6 +234,17 @@ def test_padding_is_told(tmp_path, tokenizer):
     converted = assert_equals_reference(middle, tmp_path / "middle", tokenizer, True, tinyclip_names, quick_gelu=True)
     assert any("layers [1] are pruned whole" in note for note in converted.notes)
     assert CLIPModel.from_pretrained(converted.folder).config.vision_config.num_hidden_layers == 2
+
+
+def test_padding_stays_empty_in_training(tmp_path, tokenizer):
+    state = tinyclip_names(random_state(width=128, heads=(2, 1), mlps=(40, 30)))
+    model = CLIPModel.from_pretrained(convert(state, tmp_path, tokenizer, quick_gelu=True).folder)
+    model(IDS, torch.randn(3, 3, 16, 16), return_loss=True).loss.backward()
+    layer = model.vision_model.encoder.layers[1]
+    for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+        assert projection.weight.grad[:64].any() and not projection.weight.grad[64:].any()
+    assert layer.mlp.fc1.weight.grad[:30].any() and not layer.mlp.fc1.weight.grad[30:].any()
+    assert not layer.self_attn.out_proj.weight.grad[:, 64:].any() and not layer.mlp.fc2.weight.grad[:, 30:].any()
 
 
 def changed(**tensors):
