@@ -32,7 +32,7 @@ def write_video(path, frames, codec="libx264", times=None, rate=10, format_optio
         frames: a number of numbered frames, or a list of (H, W, 3) uint8 arrays.
         codec (`str`): an encoder of FFmpeg.
         times (`list[int]`, *optional*): when each frame is shown, in ticks of 1/rate s; by default one a tick.
-        rate (`int`): ticks a second.
+        rate (`int` or `Fraction`): ticks a second.
         format_options, metadata (`dict`, *optional*): of the container.
     """
     frames = [numbered_frame(n) for n in range(frames)] if isinstance(frames, int) else frames
@@ -43,7 +43,7 @@ def write_video(path, frames, codec="libx264", times=None, rate=10, format_optio
         stream.pix_fmt = "yuv420p"
         for n, pixels in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(pixels)
-            frame.pts, frame.time_base = (n if times is None else times[n]), Fraction(1, rate)
+            frame.pts, frame.time_base = (n if times is None else times[n]), 1 / Fraction(rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import weakref
 from fractions import Fraction
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -115,8 +116,10 @@ def test_frames_are_upright(tmp_path, turns, matrix):
     assert upright.shape == expected.shape and abs(upright - expected).mean() < 8
 
 
-def test_names_and_titles_that_are_no_utf8_or_look_like_a_protocol(tmp_path):
-    path = write_video(tmp_path / "concat:a|b é %03d.mkv", 5, metadata={"title": "café"})
+def test_names_like_a_protocol_and_titles_that_are_no_utf8(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "x.mkv", 5, metadata={"title": "café"})
+    path = Path("x.mkv").rename("concat:a|b é %03d.mkv")
     data = path.read_bytes()
     assert data.count("é".encode()) == 1
     path.write_bytes(data.replace("é".encode(), b"\xe9 "))
@@ -220,6 +223,7 @@ def test_a_file_that_ends_early_without_a_sign_is_used_with_a_warning(tmp_path, 
     assert len(found) == 5 and found[-1] < 30
     assert len(warnings) == 1 and "states 4.0 s and ends after" in warnings[0]
     numbers(write_video(tmp_path / "whole.mkv", 40), 5)
+    numbers(write_video(tmp_path / "slow.mp4", 3, rate=Fraction(1, 10)), 5)  # the last frame stays for 10 s of 30
     assert len(warnings) == 1
 
 
