@@ -11,7 +11,7 @@ from transformers.utils import logging
 from .rows_gcl import ImageError, load_images, parse_row
 from .video_gcl import VideoError
 
-EMBEDDING_OF_KIND = {"i": "image_embeds", "t": "text_embeds", "it": "fused_embeds"}
+MODALITY_OF_KIND = {"i": "image", "t": "text", "it": "fused"}
 
 
 @torch.inference_mode()
@@ -106,5 +106,6 @@ def _embed(model, processor, rows, images):
     images = images if "i" in kind else None
     texts = [row.text for row in rows] if "t" in kind else None
     inputs = processor(images=images, text=texts, return_tensors="pt").to(model.device)
-    embeds = model(**inputs, return_loss=False, return_dict=True)[EMBEDDING_OF_KIND[kind]]
-    return embeds.float().cpu()
+    modality = MODALITY_OF_KIND[kind]
+    output = model(**inputs, modalities=(modality,), return_loss=False, return_dict=True)
+    return output[f"{modality}_embeds"].float().cpu()
