@@ -1,6 +1,7 @@
 """encode(): rows of every form, order, padding, batch size, and bad rows."""
 
 import io
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from modeling_gcl import GCLModel, ImageError, VideoError, load_image, load_video_frames
+from modeling_gcl.configuration_vista import VistaConfig
+from modeling_gcl.modeling_vista import VistaModel
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
+def tiny_vista():
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = tower | {"model_type": "bert", "vocab_size": 30, "max_position_embeddings": 24}
+    vision = tower | {"model_type": "eva02_clip_vision", "image_size": 32, "patch_size": 16}
+    return VistaModel(VistaConfig(text, vision, cls_token_id=2, sep_token_id=3))
+
+
+@pytest.fixture(scope="module", params=[*BACKBONES, "vista"])
 def door(request):
+    if request.param == "vista":
+        return GCLModel.from_encoder(tiny_vista(), fusion="native"), tiny_processor("clip")
     model = GCLModel.from_encoder(tiny_encoder(request.param), fusion="normalized_sum")
     return model, tiny_processor(request.param)
 
@@ -173,6 +186,18 @@ def test_encode_leaves_the_training_mode_as_it_was(clip):
     model.towers["image"].eval()  # as a user may keep batch statistics fixed
     model.encode((row for row in ["a dog"]), processor=processor)  # any iterable
     assert model.training and model.towers["text"].training and not model.towers["image"].training
+
+
+def test_a_row_costs_the_passes_of_its_own_kind_only():
+    """VISTA could embed an image, a text and both of the same inputs, each in a pass of its own."""
+    model, passes = GCLModel.from_encoder(tiny_vista(), fusion="native"), Counter()
+    layers = {"image": model.towers["image"], "text": model.towers["text"].encoder}
+    for name, module in layers.items():
+        module.register_forward_pre_hook(lambda *_, name=name: passes.update([name]))
+    model.encode([{"image": random_image(0), "text": "a dog"}], processor=tiny_processor("clip"))
+    assert passes == {"image": 1, "text": 1}
+    model.encode([{"video": [random_image(1)]}, "a cat"], processor=tiny_processor("clip"))
+    assert passes == {"image": 2, "text": 3}
 
 
 def test_progress_counts_rows(clip, monkeypatch):
