@@ -8,12 +8,13 @@ from .modeling_vista import VistaModel
 
 NEEDED = ("get_image_features", "get_text_features", "vision_model", "text_model")
 # temperatures and biases of a loss of its own; the token that stands for patches masked in pre-training
-UNUSED_PARAMETERS = ("logit_scale", "logit_bias", "temperature", "mask_token")
+TEMPERATURES = ("logit_scale", "temperature")
+UNUSED_PARAMETERS = (*TEMPERATURES, "logit_bias", "mask_token")
 FIRST_TOKEN_AS_TEXT = ("align",)  # has a text pooler, whose output it does not use
 
 REFUSED = {
-    "aimv2": "with SDPA, up to transformers 5.23, its text tower attends to both sides where a batch has no padding and "
-    "to the left only where it has, so that a text's embedding would depend on its batch"
+    "aimv2": "with SDPA, up to transformers 5.23, its text tower attends to both sides where a batch has no padding, "
+    "and to the left only where it has, so that a text's embedding would depend on its batch"
 }
 
 
@@ -62,7 +63,7 @@ def load_backbone(name, text_pooling=None, **kwargs):
     check_is_dual_encoder(encoder)
     freeze_unused_parameters(encoder, text_pooling)
     unused = {key for key, parameter in encoder.named_parameters() if not parameter.requires_grad}
-    missing = sorted(set(report["missing_keys"]) - unused)
+    missing = sorted(set(report["missing_keys"]) - unused.difference(TEMPERATURES))  # GCL's starts at the backbone's
     if missing:
         raise ValueError(
             f"{name} lacks {len(missing)} weights of {type(encoder).__name__}, which would be random: "
