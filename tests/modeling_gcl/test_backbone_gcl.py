@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from backbones import BERT, DIM, TEXT, TOWER, VISION, tiny_encoder, word_tokenizer
+from packaging import version
 from safetensors.torch import load_file, save_file
 
 from modeling_gcl import GCLModel
@@ -107,13 +108,27 @@ def test_weights_that_are_not_used_may_be_missing(tmp_path):
         GCLModel.from_encoder(tmp_path)
 
 
-def test_towers_of_checkpoints_for_detection_are_taken(tmp_path):
-    config = transformers.OwlViTConfig(text_config=TEXT, vision_config=VISION, projection_dim=DIM)
-    detector = transformers.OwlViTForObjectDetection(config)
+def test_the_dual_encoder_inside_a_detector_is_taken(tmp_path):
+    detector = make("OwlViTForObjectDetection", "OwlViT", text_config=TEXT, vision_config=VISION, projection_dim=DIM)
     detector.save_pretrained(tmp_path)
     model = GCLModel.from_encoder(tmp_path)
-    weight = detector.owlvit.visual_projection.weight
-    assert torch.equal(model.encoder.visual_projection.weight, weight)
+    assert torch.equal(model.encoder.visual_projection.weight, detector.owlvit.visual_projection.weight)
+
+
+def test_the_clip_inside_a_segmenter_is_taken_or_refused(tmp_path):
+    """transformers 5.12 and 5.17 find none of its weights, and only warn; 5.23 does."""
+    segmenter = make(
+        "CLIPSegForImageSegmentation", "CLIPSeg", text_config=TEXT, vision_config=VISION, projection_dim=DIM,
+        extract_layers=[0, 1], reduce_dim=16, decoder_intermediate_size=32, decoder_num_attention_heads=2,
+    )  # fmt: skip
+    segmenter.save_pretrained(tmp_path)
+    try:
+        model = GCLModel.from_encoder(tmp_path)
+    except ValueError as error:
+        assert "weights of CLIPSegModel, which would be random" in str(error)
+        assert version.parse(transformers.__version__) < version.parse("5.23")
+    else:
+        assert torch.equal(model.encoder.visual_projection.weight, segmenter.clip.visual_projection.weight)
 
 
 def test_a_backbones_own_temperature_is_kept_whatever_form_it_has():
