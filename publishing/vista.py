@@ -17,9 +17,10 @@ import torch
 from transformers import AutoTokenizer, BertConfig, XLMRobertaConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from modeling_gcl import GCLConfig, GCLModel, GCLProcessor
+from modeling_gcl import GCLModel, GCLProcessor
 from modeling_gcl.configuration_vista import EVA02VisionConfig, VistaConfig
 from modeling_gcl.modeling_eva02 import rotary_tables
+from modeling_gcl.modeling_vista import VistaModel
 
 TOKENIZERS = {"base": "BAAI/bge-base-en-v1.5", "m3": "BAAI/bge-m3"}
 HEAD_DIM = 64
@@ -110,8 +111,10 @@ def convert_vista(file: str | Path, out_dir: str | Path, tokenizer: str | Path |
 
     processor = make_processor(tokenizer or TOKENIZERS[variant], config, file)
     config.cls_token_id, config.sep_token_id = processor.tokenizer("")["input_ids"]
-    model = GCLModel(GCLConfig(encoder_config=config, fusion="native")).float()
-    load_exactly(model.encoder, {names[key]: state[key].float() for key in names}, names, file)
+    with torch.device("meta"):  # the file's tensors take the place of the parameters, which are never allocated
+        encoder = VistaModel(config)
+    model = GCLModel.from_encoder(encoder, fusion="native")
+    load_exactly(model.encoder, state, names, file)
 
     partial = out_dir.with_name(out_dir.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -267,8 +270,9 @@ def make_processor(tokenizer: str | Path, config: VistaConfig, file: Path) -> GC
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer)
     except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"the tokenizer {str(tokenizer)!r} is not to be had: {error}. Download it and pass its folder: --tokenizer "
+            f"the tokenizer {str(tokenizer)!r} is not to be had: {reason} Download it and pass its folder: --tokenizer "
             "FOLDER."
         ) from error
     expected = {"tokens": text.vocab_size, "padding token's id": text.pad_token_id, "tokens of an empty text": 2}
@@ -291,13 +295,13 @@ def make_processor(tokenizer: str | Path, config: VistaConfig, file: Path) -> GC
     return GCLProcessor(image_processor, loaded, max_text_length=min(loaded.model_max_length, limit))
 
 
-def load_exactly(model: torch.nn.Module, state: dict, names: dict, file: Path) -> None:
-    """Loads `state`, which must hold every parameter in its shape."""
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-    wrong = [key for key, name in names.items() if state[name].shape != shapes.get(name)]
+def load_exactly(encoder: VistaModel, state: dict, names: dict, file: Path) -> None:
+    """Puts the file's tensors, in float32, in the place of the encoder's parameters, which must have their shapes."""
+    shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+    wrong = [key for key, name in names.items() if state[key].shape != shapes[name]]
     if wrong:
         raise ValueError(f"{file}: shapes that do not go together: {listed(wrong)}.")
-    model.load_state_dict(state)
+    encoder.load_state_dict({name: state[key].float() for key, name in names.items()}, assign=True)
 
 
 def listed(keys: list[str], limit: int = 20) -> str:
