@@ -18,12 +18,18 @@ def convert_towers_command(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     projection_dim: Annotated[int, typer.Option(help="Width of the common space.")] = 256,
     image_size: Annotated[int, typer.Option(help="Side of the square input in pixels, a multiple of 32.")] = 128,
-    seed: Annotated[int, typer.Option(help="Seed of the two new projections.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the new projections.")] = 0,
+    vista: Annotated[
+        bool, typer.Option("--vista", help="Join them as VISTA does; the width is MiniLM's, 384.")
+    ] = False,
 ):
     """MiniLM-L6 and EfficientNet-Lite0 from their PyPI packages as one VisionTextDualEncoder folder."""
-    from publishing.towers import convert_towers
+    from publishing.towers import convert_towers, convert_towers_to_vista
 
-    typer.echo(convert_towers(out, projection_dim=projection_dim, image_size=image_size, seed=seed))
+    if vista:
+        typer.echo(convert_towers_to_vista(out, image_size=image_size, seed=seed))
+    else:
+        typer.echo(convert_towers(out, projection_dim=projection_dim, image_size=image_size, seed=seed))
 
 
 @convert.command("centring")
