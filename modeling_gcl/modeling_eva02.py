@@ -50,8 +50,9 @@ def rotate(states, cos, sin):
     return states * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Plain softmax attention. There is no padding among patches, so that `attention_mask` is None."""
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Plain softmax attention. There is no padding among patches, so that `attention_mask` is None. (transformers looks
+    for this function's name to learn that the tower can switch to others.)"""
     weights = torch.softmax(query @ key.transpose(-1, -2) * scaling, dim=-1)
     return (weights @ value).transpose(1, 2), weights
 
@@ -116,7 +117,7 @@ class EVA02Attention(nn.Module):
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)  # (N, heads, L, head_dim)
         query = rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), cos, sin).to(value.dtype)
         key = rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), cos, sin).to(value.dtype)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0)  # (N, L, heads, ...)
         return self.out_proj(self.inner_norm(attended.flatten(2)))
 

@@ -265,7 +265,10 @@ def check_values(state: dict, names: dict, config: VistaConfig, file: Path) -> N
 
 
 def make_processor(tokenizer: str | Path, config: VistaConfig, file: Path) -> GCLProcessor:
-    """VISTA's preprocessing: shortest side to the image size by bicubic, centre crop, CLIP's mean and deviation."""
+    """VISTA's preprocessing: shortest side to the image size by bicubic, centre crop, CLIP's mean and deviation.
+
+    Where an odd number of pixels is cropped, transformers' PIL backend may begin one pixel before torchvision.
+    """
     text = config.text_config
     try:
         loaded = AutoTokenizer.from_pretrained(tokenizer)
