@@ -94,8 +94,14 @@ def test_encode_equals_the_slow_version(variant, dtype, original, tmp_path, monk
     pixels = processor(images=[image], return_tensors="pt")["pixel_values"][0]
     ids = processor.tokenizer(text)["input_ids"]
     assert len(ids) == 6
-    found = model.encode([{"image": image, "text": text}, {"image": image}, text], processor)
-    expected = torch.stack([slow.fused(ids, pixels)[0], slow.image(pixels)[0], slow.text(ids)[0]])
+    long = " ".join([text] * 12)  # cut by the processor to what the text encoder takes, by the model to what fits
+    cut = processor(text=[long], return_tensors="pt")["input_ids"][0].tolist()
+    assert len(cut) == {"base": 40, "m3": 38}[variant]
+    rows = [{"image": image, "text": text}, {"image": image}, text, {"image": image, "text": long}, long]
+    found = model.encode(rows, processor)
+    states = [slow.fused(ids, pixels), slow.image(pixels), slow.text(ids)]
+    states += [slow.fused([*cut[:23], cut[-1]], pixels), slow.text(cut)]
+    expected = torch.stack([state[0] for state in states])
     torch.testing.assert_close(found.double(), F.normalize(expected, dim=-1), atol=1e-5, rtol=0)
 
 
