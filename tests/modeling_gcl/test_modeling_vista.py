@@ -21,6 +21,7 @@ from vista_originals import FIXTURE, SlowVista, fixture_inputs, real_tokens, tin
 
 from modeling_gcl import GCLConfig, GCLModel
 from modeling_gcl.configuration_vista import EVA02VisionConfig, VistaConfig
+from modeling_gcl.modeling_eva02 import rotary_tables
 from modeling_gcl.modeling_vista import VistaModel
 from publishing.vista import infer_config, key_names
 
@@ -270,7 +271,17 @@ def test_any_image_tower_saves_and_loads(tower, variant, tmp_path, monkeypatch):
         found, cast = half(**inputs), model.bfloat16()(**inputs)
     for name in ("image_embeds", "text_embeds", "fused_embeds"):
         assert (found[name] * expected[name]).sum(-1).min() > 0.99
-        assert torch.equal(found[name], cast[name])  # no table is rounded by a cast
+        assert torch.equal(found[name], cast[name])
+
+
+@torch.no_grad()
+def test_rotary_positions_stay_exact_in_half_precision():
+    model = copy.deepcopy(SHARED["base"][0]).bfloat16()
+    tables = []
+    model.vision_model.layers[1].register_forward_pre_hook(lambda _, inputs: tables.extend(inputs[1:]))
+    assert model.get_visual_tokens(pixels(1)).dtype == torch.bfloat16
+    for found, expected in zip(tables, rotary_tables(4, 16, 64), strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
 
 
 @torch.no_grad()
