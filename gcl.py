@@ -79,6 +79,20 @@ def convert_open_clip_command(
     typer.echo(converted.folder)
 
 
+@convert.command("vista")
+def convert_vista_command(
+    file: Annotated[Path, typer.Argument(help="Visualized_base_en_v1.5.pth, Visualized_m3.pth, or one trained so.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id; by default BAAI/bge-base-en-v1.5 or BAAI/bge-m3, by variant.")
+    ] = None,
+):
+    """VISTA's (Visualized BGE's) own checkpoint as a GCL folder."""
+    from publishing.vista import convert_vista
+
+    typer.echo(convert_vista(file, out, tokenizer=tokenizer))
+
+
 @evaluate.command("pairs")
 def evaluate_pairs_command(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")],
