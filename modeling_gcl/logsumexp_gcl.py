@@ -15,6 +15,7 @@ from itertools import combinations
 import torch
 from torch.autograd.function import once_differentiable
 
+from .matryoshka_gcl import cut
 from .tiles_gcl import Pairs, Panel, TileCache, add_logsumexps, add_sums, add_weighted, add_weighted_by_logs, replay
 from .triton_gcl import add_sums as add_sums_by_kernel
 from .triton_gcl import add_weighted as add_weighted_by_kernel
@@ -77,7 +78,7 @@ def working_dtypes(embeds):
 
 
 def block_logsumexp(
-    embeds, scale, blocks, *, labels=(), semantic=None, bf16=False, cache_bytes=0, processes=None, sizes=None
+    embeds, scale, blocks, dims, *, labels=(), semantic=None, bf16=False, cache_bytes=0, processes=None, sizes=None
 ):
     r"""
     For M modalities of N pairs: the log-sum-exp of each anchor's negatives in each modality, and the pairs' cosines.
@@ -108,6 +109,15 @@ def block_logsumexp(
         own rows times the number of processes, and a share of the scale's such that the mean over processes is the
         whole gradient: what DistributedDataParallel and FSDP make of it, by averaging, is the gradient of the loss.
     """
+    if len(dims) > 1:
+        each = [
+            block_logsumexp(
+                [cut(x, d) for x in embeds], scale, blocks, [d], labels=labels, semantic=semantic, bf16=bf16,
+                processes=processes, sizes=sizes,
+            )
+            for d in dims
+        ]  # fmt: skip
+        return tuple(map(torch.cat, zip(*each)))
     if not torch.is_grad_enabled() or kernels_support(embeds[0]):
         cache_bytes = 0
     processes = processes or OneProcess()
@@ -198,11 +208,12 @@ class _BlockLogSumExp(torch.autograd.Function):
                 cosines[a, m] = torch.linalg.vecdot(embeds[a].to(scale.dtype), embeds[m].to(scale.dtype))
             ctx.num_own, ctx.num_gathered = len(own.tensors()), len(everyone)
             ctx.save_for_backward(saved, *own.tensors(), *everyone, *cache.tiles)
-            return negatives, _rows_last(work.gather(_rows_first(cosines)))
+            return negatives[None], _rows_last(work.gather(_rows_first(cosines)))[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, from_negatives, from_cosines):
+        from_negatives, from_cosines = from_negatives[0], from_cosines[0]
         saved, *rest = ctx.saved_tensors
         own, rest = Pairs.of(rest[: ctx.num_own], ctx.make), rest[ctx.num_own :]
         everyone, cached = rest[: ctx.num_gathered], rest[ctx.num_gathered :]
