@@ -1,6 +1,9 @@
 """Matryoshka embeddings (Kusupati et al., arXiv 2205.13147): of use also when cut to their first d entries.
 
 A cut embedding is normalised again. The whole embedding is one of the cuts, always, and is taken as it is.
+
+Products of K cuts are prefix sums over K parts of the entries, times the inverse norms of both sides; what an entry gets
+back, it gets from all cuts beyond it. So all K cost as many multiplications as the largest alone.
 """
 
 import math
@@ -49,3 +52,28 @@ def cuts_and_shares(dims, weights, whole):
 def cut(x, d):
     """(N, D) → (N, d) rows of unit norm; x itself where d is D."""
     return x if d == x.shape[1] else torch.nn.functional.normalize(x[:, :d], dim=-1)
+
+
+def parts(dims):
+    """Slices of the entries between one cut and the next."""
+    return [slice(*bounds) for bounds in zip((0, *dims), dims)]
+
+
+def inverse_norms(x, dims):
+    """(K, N) 1/norm of the rows of `x`, cut to each of `dims`; of the whole, the last of them, 1."""
+    inverses = x.new_ones(len(dims), len(x))
+    if len(dims) > 1:
+        squares = [torch.linalg.vector_norm(x[:, part], dim=-1).square() for part in parts(dims)[:-1]]
+        inverses[:-1] = torch.stack(squares).cumsum(0).rsqrt_()
+    return inverses
+
+
+def cosines(x, y, dims):
+    """(K, N) cosines of row j of `x` and row j of `y`, cut to each of `dims`."""
+    products = torch.stack([torch.linalg.vecdot(x[:, part], y[:, part]) for part in parts(dims)]).cumsum_(0)
+    return products.mul_(inverse_norms(x, dims)).mul_(inverse_norms(y, dims))
+
+
+def sums_beyond(x):
+    """(K, ...): of each cut's values, the sums over it and all larger ones."""
+    return x.flip(0).cumsum(0).flip(0)

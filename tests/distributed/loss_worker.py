@@ -159,10 +159,13 @@ def main(folder):
                 for labels in LABELS.values():
                     for sizes in layouts.values():
                         count += check(switch, sizes, dtype, half_ring, labels)
-        for dtype in (torch.float64, torch.float32):
+        # rows cut to 2 of 7 entries have small norms, by which rounding is divided
+        for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
             for switch in SWITCHES:
                 for sizes in layouts.values():
-                    count += check(switch, sizes, dtype, half_ring, ("ids",), matryoshka=MATRYOSHKA)
+                    count += check(
+                        switch, sizes, dtype, half_ring, ("ids",), tolerance=tolerance, matryoshka=MATRYOSHKA
+                    )
         far = {"scale": 3000.0, "tolerance": 1e-10, "matryoshka": MATRYOSHKA}
         count += check("gcl", layouts["ragged"], torch.float64, half_ring, ("ids",), **far)
         # the shift underflows: log-sum-exps instead
