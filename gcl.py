@@ -18,12 +18,44 @@ def convert_towers_command(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     projection_dim: Annotated[int, typer.Option(help="Width of the common space.")] = 256,
     image_size: Annotated[int, typer.Option(help="Side of the square input in pixels, a multiple of 32.")] = 128,
-    seed: Annotated[int, typer.Option(help="Seed of the two new projections.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the new projections.")] = 0,
+    vista: Annotated[
+        bool, typer.Option("--vista", help="Join them as VISTA does; the width is MiniLM's, 384.")
+    ] = False,
 ):
     """MiniLM-L6 and EfficientNet-Lite0 from their PyPI packages as one VisionTextDualEncoder folder."""
-    from publishing.towers import convert_towers
+    from publishing.towers import convert_towers, convert_towers_to_vista
 
-    typer.echo(convert_towers(out, projection_dim=projection_dim, image_size=image_size, seed=seed))
+    if vista:
+        typer.echo(convert_towers_to_vista(out, image_size=image_size, seed=seed))
+    else:
+        typer.echo(convert_towers(out, projection_dim=projection_dim, image_size=image_size, seed=seed))
+
+
+@convert.command("centring")
+def convert_centring_command(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")],
+    data: Annotated[str, typer.Argument(help="Captioned images for calibration, never those that are searched.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
+    limit: Annotated[int | None, typer.Option(help="Only the first pairs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows embedded at once.")] = 64,
+):
+    """The same model with its modality means stored: AutoModel.from_pretrained(OUT, centring=True) subtracts them."""
+    import torch
+
+    from evaluation.centring import estimate_modality_means
+    from modeling_gcl import GCLModel, GCLProcessor
+    from training.arguments import SourceArguments
+    from training.sources import load_pairs
+
+    encoder, processor = GCLModel.from_encoder(model).eval(), GCLProcessor.from_encoder(model)
+    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    pairs = load_pairs(SourceArguments(data, split=split, limit=limit))
+    estimate_modality_means(encoder, processor, pairs, batch_size=batch_size, show_progress=sys.stderr.isatty())
+    processor.save_pretrained(out)
+    encoder.save_pretrained(out)
+    typer.echo(out)
 
 
 @evaluate.command("pairs")
@@ -36,6 +68,7 @@ def evaluate_pairs_command(
     batch_size: Annotated[int, typer.Option(help="Rows embedded at once.")] = 64,
     seed: Annotated[int, typer.Option(help="Seed of mixed-modality search.")] = 0,
     fusion: Annotated[str | None, typer.Option(help="Another fusion rule than the checkpoint's.")] = None,
+    centring: Annotated[bool, typer.Option("--centring", help="GR-CLIP: subtract the checkpoint's own means.")] = False,
     centre_on: Annotated[
         str | None, typer.Option(help="GR-CLIP: subtract the modality means of these pairs (never the test pairs).")
     ] = None,
@@ -43,6 +76,7 @@ def evaluate_pairs_command(
     """Nine-way retrieval, mixed-modality search and modality gap on image-caption pairs."""
     import torch
 
+    from evaluation.centring import estimate_modality_means
     from evaluation.pairs import embed_pairs, evaluate_embeddings
     from evaluation.plots import modality_pca, nine_way_heatmap
     from evaluation.report import nine_way_table
@@ -53,16 +87,13 @@ def evaluate_pairs_command(
     from training.arguments import SourceArguments
     from training.sources import load_pairs
 
-    overrides = {"fusion": fusion} if fusion else {}
+    overrides = {name: value for name, value in {"fusion": fusion, "centring": centring}.items() if value}
     encoder = GCLModel.from_encoder(model, **overrides).eval()
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     processor = GCLProcessor.from_encoder(model)
     options = {"batch_size": batch_size, "show_progress": sys.stderr.isatty()}
     if centre_on is not None:
-        calibration = load_pairs(SourceArguments(centre_on))
-        images = encoder.encode([{"image": pair["image"]} for pair in calibration], processor, **options)
-        texts = encoder.encode([pair["captions"][0] for pair in calibration], processor, **options)
-        encoder.set_modality_means(images, texts)
+        estimate_modality_means(encoder, processor, load_pairs(SourceArguments(centre_on)), **options)
         encoder.config.centring = True
     pairs = load_pairs(SourceArguments(data, split=split, limit=limit))
     embeddings = embed_pairs(encoder, processor, pairs, **options)
@@ -70,8 +101,9 @@ def evaluate_pairs_command(
     typer.echo(nine_way_table(result))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        settings = {"model": model, "data": data, "split": split, "limit": limit, "fusion": fusion}
-        settings |= {"centre_on": centre_on, "seed": seed, "environment": collect_environment()}
+        settings = {"model": model, "data": data, "split": split, "limit": limit, "fusion": encoder.config.fusion}
+        settings |= {"centring": encoder.config.centring, "centre_on": centre_on, "seed": seed}
+        settings |= {"environment": collect_environment()}
         write_json(out / "results.json", {"command": "gcl evaluate pairs", **settings, "after": result})
         embeddings.save(out / "embeddings.safetensors")
         nine_way_heatmap(result, None, out / "nine_way.png")

@@ -44,15 +44,27 @@ def build_model(arguments, max_text_length):
         "max_logit_scale": arguments.max_logit_scale,
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    # float32 whatever the checkpoint's dtype: an optimiser's small steps vanish in half precision
-    model = GCLModel.from_encoder(arguments.encoder, revision=arguments.revision, dtype=torch.float32, **overrides)
-    freeze_parts(model, arguments.freeze)
-    # convolutions run up to twice as fast so, on CPU and GPU alike
-    model.to(memory_format=torch.channels_last)
     processor = GCLProcessor.from_encoder(
         arguments.encoder, revision=arguments.revision, max_text_length=max_text_length
     )
+    # float32 whatever the checkpoint's dtype: an optimiser's small steps vanish in half precision
+    model = GCLModel.from_encoder(
+        arguments.encoder, processor=processor, revision=arguments.revision, dtype=torch.float32, **overrides
+    )
+    model.config.centring = False  # the means were those of the weights before training
+    model.modality_means.zero_()
+    freeze_parts(model, arguments.freeze)
+    # convolutions run up to twice as fast so, on CPU and GPU alike
+    model.to(memory_format=torch.channels_last)
     return model, processor
+
+
+def fusion_line(config):
+    """The fusion rule and what it was chosen by, for the log."""
+    if config.tower_norms is None:
+        return f"fusion: {config.fusion}"
+    lengths = ", ".join(f"{name} {length:.2f}" for name, length in config.tower_norms.items())
+    return f"fusion: {config.fusion} (mean length of the towers' features at the start: {lengths})"
 
 
 def build_trainer(recipe):
@@ -100,6 +112,7 @@ def main(argv):
     arguments = recipe.training
     if trainer.is_world_process_zero():
         print(parameter_table(trainer.model))
+        print(fusion_line(trainer.model.config))
         print(f"batch: {trainer.batch_plan.line()}")
         for report in train_reports:
             print(f"train: {report.line()}")

@@ -2,7 +2,10 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 
-FUSIONS = ("sum", "normalized_sum")
+from .configuration_vista import VistaConfig
+
+GATED_FUSIONS = ("gated_sum", "gated_normalized_sum")
+FUSIONS = ("sum", "normalized_sum", *GATED_FUSIONS, "native")
 TEXT_POOLINGS = ("encoder", "mean")
 
 
@@ -15,14 +18,17 @@ class GCLConfig(PreTrainedConfig):
         fusion (`str`, defaults to `"sum"`):
             How the fused feature is made from the image feature v and the text feature w. `"sum"`: v + w on the raw
             tower outputs (UniIR's CLIP-SF, the paper's rule). `"normalized_sum"`: v/|v| + w/|w| (MixBench), for towers
-            whose raw norms differ. The result is L2-normalised in both cases.
+            whose raw norms differ. `"gated_sum"`, `"gated_normalized_sum"`: the same with learned gates, which begin
+            at 1. `"native"`: the backbone fuses by itself (VISTA). The result is L2-normalised in all cases.
         text_pooling (`str`, defaults to `"encoder"`):
             `"encoder"`: the backbone's own text feature. `"mean"`: mean of the last hidden states over the real
             tokens, then the backbone's `text_projection` (sentence-transformers' towers were trained so).
         centring (`bool`, defaults to `False`):
             Subtract each modality's stored mean from the unit-norm features and normalise again (GR-CLIP,
-            arXiv 2507.19054); fused features are then made of the centred ones, whatever `fusion` says. The means
-            are set by `GCLModel.set_modality_means`.
+            arXiv 2507.19054). Fused features are then the sum of the centred ones, as there; gated and native ones
+            have a mean of their own. The means are set by `GCLModel.set_modality_means`.
+        tower_norms (`dict[str, float]`, *optional*):
+            Mean length of the raw `"image"` and `"text"` features, if `fusion` was chosen by measuring them.
         logit_scale_init_value (`float`, *optional*):
             1/τ at the start, e.g. 100. Defaults to the backbone's own pretrained scale where it has one, else 1/0.07.
         max_logit_scale (`float`, defaults to 100):
@@ -45,12 +51,16 @@ class GCLConfig(PreTrainedConfig):
         fusion="sum",
         text_pooling="encoder",
         centring=False,
+        tower_norms=None,
         logit_scale_init_value=None,
         max_logit_scale=100.0,
         **kwargs,
     ):
         if encoder_config is None:
             encoder_config = AutoConfig.for_model("clip")
+        elif isinstance(encoder_config, dict) and encoder_config.get("model_type") == VistaConfig.model_type:
+            # not registered with AutoConfig: the remote code of two checkpoints would collide there
+            encoder_config = VistaConfig(**{key: encoder_config[key] for key in encoder_config if key != "model_type"})
         elif isinstance(encoder_config, dict):
             encoder_config = dict(encoder_config)
             model_type = encoder_config.pop("model_type", None)
@@ -65,6 +75,7 @@ class GCLConfig(PreTrainedConfig):
         self.fusion = fusion
         self.text_pooling = text_pooling
         self.centring = centring
+        self.tower_norms = tower_norms
         self.logit_scale_init_value = logit_scale_init_value
         self.max_logit_scale = max_logit_scale
         super().__init__(**kwargs)

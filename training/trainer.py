@@ -34,7 +34,7 @@ from .step_timer import StepTimer, StepTimerCallback
 logger = logging.getLogger(__name__)
 
 LABELS = ("ids", "caption_ids", "broken")  # of a batch, what is not for the model
-EMBEDS = ("image_embeds", "text_embeds", "fused_embeds")
+MODALITIES = ("image", "text", "fused")
 
 
 class GCLTrainer(Trainer):
@@ -66,6 +66,7 @@ class GCLTrainer(Trainer):
         self.args.eval_on_start = self.args.eval_on_start and self.eval_dataset is not None
         self.broken_images = BrokenImages(len(self.train_dataset or ()), max_broken_share)
         self.processes = Processes(self.accelerator.device, half_ring=self.args.half_ring)
+        self._check_fusion()
         self._check_grad_cache()
         self._chunk_that_fits = None
         self.timer = StepTimer(self.args.device)
@@ -127,7 +128,7 @@ class GCLTrainer(Trainer):
         """The loss of one batch; training itself goes through `training_step`."""
         inputs, labels = self._split_labels(inputs)
         output = self._forward(model, inputs)
-        loss, _ = self.batch_loss([output[name] for name in EMBEDS], output.logit_scale, **labels)
+        loss, _ = self.batch_loss(self._embeds(output), output.logit_scale, **labels)
         return (loss, output) if return_outputs else loss
 
     def batch_loss(self, embeds, logit_scale, ids=None, caption_ids=None):
@@ -135,7 +136,7 @@ class GCLTrainer(Trainer):
         The loss of the batch that all processes hold together; nothing else joins them.
 
         Args:
-            embeds (sequence of three `torch.Tensor` of shape `(n, D)`): this process's image, text and fused ones.
+            embeds (sequence of `torch.Tensor` of shape `(n, D)`): this process's image, text and, for GCL, fused ones.
             logit_scale (`torch.Tensor` scalar): 1/τ.
             ids, caption_ids (`torch.LongTensor` of shape `(n,)`, *optional*): as for `gcl_loss`.
 
@@ -164,11 +165,19 @@ class GCLTrainer(Trainer):
 
     def _forward(self, model, inputs):
         with self.compute_loss_context_manager():
-            return model(**inputs, return_loss=False, return_dict=True)
+            return model(**inputs, return_loss=False, return_dict=True, modalities=self._modalities)
+
+    @property
+    def _modalities(self):
+        """What the loss contrasts: only GCL needs fused embeddings."""
+        return MODALITIES if self.args.loss == "gcl" else MODALITIES[:2]
+
+    def _embeds(self, output):
+        return [output[f"{name}_embeds"] for name in self._modalities]
 
     def _embed(self, model, inputs):
         output = self._forward(model, inputs)
-        return *(output[name] for name in EMBEDS), output.logit_scale
+        return *self._embeds(output), output.logit_scale
 
     def _build_grad_cache(self):
         def loss(embeds, logit_scale, labels):
@@ -192,6 +201,15 @@ class GCLTrainer(Trainer):
             trim_texts=getattr(self.processing_class, "text_padding", None) != "max_length",
             measure=self.timer.measure,
         )
+
+    def _check_fusion(self):
+        fusion = getattr(self.model, "fusion", None)
+        if self.args.loss != "gcl" and fusion is not None and any(p.requires_grad for p in fusion.parameters()):
+            raise ValueError(
+                f"training.loss={self.args.loss!r} has no fused embeddings, so the gates of "
+                f"fusion={self.model.config.fusion!r} would stay untrained: use the loss gcl, or freeze them "
+                "(model.freeze: [fusion])"
+            )
 
     def _check_grad_cache(self):
         if self.args.grad_cache_chunk is None and self.args.effective_batch_size is None:
@@ -266,19 +284,14 @@ class GCLTrainer(Trainer):
         """An integer of every process, in rank order."""
         return self.accelerator.gather(torch.tensor([number], device=self.args.device)).tolist()
 
-    def _loss(self, image_embeds, text_embeds, fused_embeds, logit_scale, **batch):
+    def _loss(self, *embeds_and_scale, **batch):
         if self.args.loss == "cl":
-            return contrastive_loss(image_embeds, text_embeds, logit_scale, return_terms=True, **batch)
+            return contrastive_loss(*embeds_and_scale, return_terms=True, **batch)
         if self.args.loss == "alignclip":
             weight = self.args.separation_weight
-            return alignclip_loss(
-                image_embeds, text_embeds, logit_scale, separation_weight=weight, return_terms=True, **batch
-            )
+            return alignclip_loss(*embeds_and_scale, separation_weight=weight, return_terms=True, **batch)
         return gcl_loss(
-            image_embeds,
-            text_embeds,
-            fused_embeds,
-            logit_scale,
+            *embeds_and_scale,
             denominator=self.args.denominator,
             intra_modality=self.args.intra_modality,
             direction_weights=self.args.direction_weights,

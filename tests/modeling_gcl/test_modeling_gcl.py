@@ -66,7 +66,7 @@ def test_each_tower_runs_once_and_a_missing_modality_costs_nothing(backbone):
 
 def test_save_and_load_are_equal_with_poisoned_memory(backbone, tmp_path, monkeypatch):
     model = GCLModel.from_encoder(tiny_encoder(backbone), fusion="normalized_sum", max_logit_scale=50.0).eval()
-    model.set_modality_means(torch.randn(4, model.config.projection_dim), torch.randn(4, model.config.projection_dim))
+    model.set_modality_means(*torch.randn(3, 4, model.config.projection_dim))
     model.save_pretrained(tmp_path)
     empty_like = torch.empty_like
     # whatever from_pretrained forgets to fill shows as NaN
@@ -210,7 +210,7 @@ def test_centring_is_gr_clip():
     inputs = inputs_for("clip")
     with torch.no_grad():
         plain = model(**inputs)
-        model.set_modality_means(plain.image_embeds, plain.text_embeds)
+        model.set_modality_means(plain.image_embeds, plain.text_embeds, plain.fused_embeds)
         model.config.centring = True
         centred = model(**inputs)
     image = plain.image_embeds - plain.image_embeds.mean(0)
@@ -219,7 +219,53 @@ def test_centring_is_gr_clip():
     torch.testing.assert_close(centred.text_embeds, F.normalize(text, dim=-1))
     torch.testing.assert_close(centred.fused_embeds, F.normalize(0.5 * image + 0.5 * text, dim=-1))
     with pytest.raises(ValueError, match="centring=False before"):
-        model.set_modality_means(centred.image_embeds, centred.text_embeds)
+        model.set_modality_means(centred.image_embeds, centred.text_embeds, centred.fused_embeds)
+
+
+@pytest.mark.parametrize("fusion", ["sum", "normalized_sum", "gated_sum"])
+@pytest.mark.parametrize("centring", [False, True])
+def test_features_normalised_are_the_embeddings(fusion, centring):
+    """Other doors (sentence-transformers) normalise what the feature methods give."""
+    model = GCLModel.from_encoder(tiny_encoder("clip"), fusion=fusion, centring=centring).eval()
+    model.modality_means.normal_(std=0.1)
+    inputs = inputs_for("clip")
+    image = {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
+    text = {name: inputs[name] for name in TEXT_INPUTS if name in inputs}
+    with torch.no_grad():
+        output = model(**inputs)
+        features = {
+            "image": model.get_image_features(**image),
+            "text": model.get_text_features(**text),
+            "fused": model.get_fused_features(**inputs),
+        }
+    for name, feature in features.items():
+        torch.testing.assert_close(F.normalize(feature.pooler_output, dim=-1), output[f"{name}_embeds"])
+
+
+def test_gated_fusion_has_a_mean_of_its_own():
+    model = GCLModel.from_encoder(tiny_encoder("clip"), fusion="gated_sum").eval()
+    with torch.no_grad():
+        plain = model(**inputs_for("clip"))
+        model.set_modality_means(plain.image_embeds, plain.text_embeds, plain.fused_embeds)
+        model.config.centring = True
+        centred = model(**inputs_for("clip"))
+    expected = F.normalize(plain.fused_embeds - plain.fused_embeds.mean(0), dim=-1)
+    torch.testing.assert_close(centred.fused_embeds, expected)
+
+
+@pytest.mark.parametrize("modalities", [("image",), ("text",), ("fused",), ("image", "text"), ("text", "fused")])
+def test_only_the_modalities_asked_for(modalities):
+    model = GCLModel.from_encoder(tiny_encoder("clip")).eval()
+    inputs = inputs_for("clip")
+    with torch.no_grad():
+        everything, some = model(**inputs), model(**inputs, modalities=modalities)
+    for name in ("image", "text", "fused"):
+        embeds = getattr(some, f"{name}_embeds")
+        assert (embeds is None) == (name not in modalities)
+        assert embeds is None or torch.equal(embeds, everything[f"{name}_embeds"])
+    assert some.loss is None
+    with pytest.raises(ValueError, match=r"modalities=\('fused',\): the inputs given allow text only"):
+        model(**{name: inputs[name] for name in TEXT_INPUTS if name in inputs}, modalities=("fused",))
 
 
 def test_gradient_checkpointing_gives_the_same_gradient():
@@ -251,6 +297,8 @@ def test_unknown_backbones_and_foreign_checkpoints_are_refused(tmp_path):
         GCLModel.from_encoder(tiny_encoder("siglip"), text_pooling="mean")
     with pytest.raises(ValueError, match="fusion='product' is unknown"):
         GCLModel.from_encoder(tiny_encoder("clip"), fusion="product")
+    with pytest.raises(ValueError, match="fusion='native' needs a backbone that fuses.*CLIPModel does not"):
+        GCLModel.from_encoder(tiny_encoder("clip"), fusion="native")
     with pytest.raises(TypeError, match="GCLConfig has no field fuson"):
         GCLModel.from_encoder(tiny_encoder("clip"), fuson="sum")
     GCLModel.from_encoder(tiny_encoder("clip")).save_pretrained(tmp_path / "gcl")

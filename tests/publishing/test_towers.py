@@ -11,6 +11,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, BertModel
 
+from modeling_gcl import GCLModel, GCLProcessor
 from publishing import towers
 
 # EfficientNet-Lite0's blocks: (repeats, kernel size, stride of the first, expansion), from its paper's table.
@@ -32,6 +33,26 @@ def model(folder):
 @pytest.fixture(scope="module")
 def processor(folder):
     return AutoProcessor.from_pretrained(folder)
+
+
+def test_joined_as_vista_the_towers_are_the_same(folder, tmp_path, model, processor):
+    vista_folder = towers.convert_towers_to_vista(tmp_path / "vista", image_size=96)
+    vista = GCLModel.from_pretrained(vista_folder).eval()
+    assert vista.config.fusion == "native" and vista.config.projection_dim == 384
+    inputs = processor(images=[Image.new("RGB", (90, 70), "red")], text=["a red dog"], return_tensors="pt")
+    ours = GCLProcessor.from_pretrained(vista_folder)
+    again = ours(images=[Image.new("RGB", (90, 70), "red")], text=["a red dog"], return_tensors="pt")
+    assert all(torch.equal(inputs[name], again[name]) for name in inputs)
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    with torch.no_grad():
+        expected = model.text_model(**text).last_hidden_state.mean(1)  # one text: no padding
+        torch.testing.assert_close(vista.get_text_features(**text).pooler_output, expected)
+        features = model.vision_model(inputs["pixel_values"]).last_hidden_state
+        torch.testing.assert_close(vista.encoder.vision_model(inputs["pixel_values"]).last_hidden_state, features)
+        assert vista.encoder.get_visual_tokens(inputs["pixel_values"]).shape == (1, 9, 384)
+        assert torch.isfinite(vista(**inputs).loss)
+    with pytest.raises(ValueError, match="multiple of 32"):
+        towers.convert_towers_to_vista(tmp_path / "other", image_size=100)
 
 
 def same_pad_conv(x, weight, stride, groups=1):

@@ -28,6 +28,17 @@ def test_exactly_the_named_parts_are_frozen(parts, frozen):
     assert trained(model) == {name for name in before if not name.startswith(frozen)}
 
 
+def test_gates_alone_can_be_trained_and_are_counted():
+    model = GCLModel.from_encoder(tiny_encoder("clip"), fusion="gated_sum")
+    freeze_parts(model, ["image", "text", "logit_scale"])
+    assert trained(model) and all(name.startswith("fusion.") for name in trained(model))
+    gates = sum(p.numel() for p in model.fusion.parameters())
+    counts = parameter_counts(model)
+    assert counts["fusion"] == {"parameters": gates, "trained": gates} and counts["total"]["trained"] == gates
+    freeze_parts(model := GCLModel.from_encoder(tiny_encoder("clip"), fusion="gated_sum"), ["fusion"])
+    assert not any(name.startswith("fusion.") for name in trained(model))
+
+
 def test_a_backbone_whose_projection_is_inside_its_tower_freezes_too():
     model = GCLModel.from_encoder(tiny_encoder("siglip"))
     freeze_parts(model, ["text"])

@@ -8,6 +8,7 @@ from training_runs import make_pairs, make_trainer
 from evaluation.pairs import evaluate_pairs
 from modeling_gcl import GCLModel, contrastive_loss, gcl_loss
 from training.data import PairCollator
+from training.freezing import freeze_parts
 from training.source_checks import DataError
 from training.training_arguments import GCLTrainingArguments
 
@@ -42,6 +43,32 @@ def test_the_loss_is_the_one_asked_for(tmp_path, settings):
         triple = (embeds.image_embeds, embeds.text_embeds, embeds.fused_embeds)
         expected = gcl_loss(*triple, embeds.logit_scale, **labels, **options)
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("loss", ["gcl", "cl", "alignclip"])
+def test_fused_embeddings_are_computed_for_gcl_only(tmp_path, loss):
+    trainer = make_trainer(tmp_path, loss=loss, max_steps=1)
+    calls = []
+    trainer.model.fusion.register_forward_hook(lambda *_: calls.append(1))
+    trainer.train()
+    assert bool(calls) == (loss == "gcl")
+
+
+def test_gates_are_trained_alone_and_refused_where_they_would_not_be(tmp_path):
+    model = GCLModel.from_encoder(tiny_encoder("clip"), fusion="gated_sum")
+    freeze_parts(model, ["image", "text", "logit_scale"])
+    trainer = make_trainer(tmp_path, model=model, num_train_epochs=6, learning_rate=1e-2)
+    before = weights(trainer)
+    trainer.train()
+    after = weights(trainer)
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if name.startswith("fusion.")}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match=r"loss='cl' has no fused embeddings.*freeze: \[fusion\]"):
+        make_trainer(tmp_path, model=GCLModel.from_encoder(tiny_encoder("clip"), fusion="gated_sum"), loss="cl")
+    freeze_parts(model := GCLModel.from_encoder(tiny_encoder("clip"), fusion="gated_sum"), ["fusion"])
+    make_trainer(tmp_path, model=model, loss="cl", max_steps=1).train()
 
 
 def test_equal_captions_and_ids_are_masked_only_when_asked(tmp_path):
