@@ -106,17 +106,18 @@ def block_logsumexp(
         sizes (`list[int]`, *optional*): rows of each process; with `processes`.
 
     Returns:
-        `tuple` of two `torch.Tensor` of shape `(K, M, M, N)`, the same on all processes: negatives, where anchors without
-        any negative hold a huge negative finite value, and cosines. Entries of blocks not asked for are undefined; use
-        none of them. Backward must start from the same loss on all processes. It gives the gradient of the process's
-        own rows times the number of processes, and a share of the scale's such that the mean over processes is the
-        whole gradient: what DistributedDataParallel and FSDP make of it, by averaging, is the gradient of the loss.
+        `tuple` of two `torch.Tensor` of shape `(K, M, M, N)`, the same on all processes: negatives, where anchors
+        without any negative hold a huge negative finite value, and cosines. Entries of blocks not asked for are
+        undefined; use none of them. Backward must start from the same loss on all processes. It gives the gradient of
+        the process's own rows times the number of processes, and a share of the scale's such that the mean over
+        processes is the whole gradient: what DistributedDataParallel and FSDP make of it, by averaging, is the gradient
+        of the loss.
     """
     if len(dims) > 1 and kernels_support(embeds[0]):
         each = [
             block_logsumexp(
-                [cut(x.to(scale.dtype), d) for x in embeds], scale, blocks, [d], labels=labels, semantic=semantic, bf16=bf16,
-                processes=processes, sizes=sizes,
+                [cut(x.to(scale.dtype), d) for x in embeds], scale, blocks, [d], labels=labels, semantic=semantic,
+                bf16=bf16, processes=processes, sizes=sizes,
             )
             for d in dims
         ]  # fmt: skip

@@ -333,10 +333,7 @@ def _check_shapes(embeds, labels):
 
 def _check_values(embeds, scale):
     """One pass over the rows' norms and one transfer from the device; NaN and infinity show in the norm."""
-    norms = {
-        name: torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-        for name, x in embeds.items()
-    }
+    norms = {name: _norms(x) for name, x in embeds.items()}
     worst = torch.stack([*((x - 1).abs().amax() for x in norms.values()), scale.detach()])
     *deviations, scale = worst.tolist()
     if not math.isfinite(scale):
@@ -359,13 +356,10 @@ def _check_values(embeds, scale):
 
 
 def _check_cuts(embeds, dims):
+    """Whether every row, cut to each of `dims`, can be normalised again."""
     if not dims:
         return
-    norms = {
-        (name, d): torch.linalg.vector_norm(x.detach()[:, :d], dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-        for name, x in embeds.items()
-        for d in dims
-    }
+    norms = {(name, d): _norms(x[:, :d]) for name, x in embeds.items() for d in dims}
     smallest = torch.stack([x.amin() for x in norms.values()]).tolist()
     for ((name, d), x), norm in zip(norms.items(), smallest):
         if norm < SMALLEST_NORM:
@@ -373,3 +367,7 @@ def _check_cuts(embeds, dims):
                 f"{name} can't be cut to {d} dimensions: the norm of row {x.argmin().item()} is {norm:.4g} there, too "
                 f"small to be normalised; leave {d} out of matryoshka_dims"
             )
+
+
+def _norms(x):
+    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -2,8 +2,8 @@
 
 A cut embedding is normalised again. The whole embedding is one of the cuts, always, and is taken as it is.
 
-Products of K cuts are prefix sums over K parts of the entries, times the inverse norms of both sides; what an entry gets
-back, it gets from all cuts beyond it. So all K cost as many multiplications as the largest alone.
+Products of K cuts are prefix sums over K parts of the entries, times the inverse norms of both sides; what an entry
+gets back, it gets from all cuts beyond it. So all K cost as many multiplications as the largest alone.
 """
 
 import math

@@ -257,8 +257,8 @@ class _Tiles:
         return self.buffers[name][:numel].view(shape)
 
     def logits(self, scale, a, rows, m, cols):
-        """Yield the tile of s·E_a E_mᵀ for each of the panel's dims, -inf where the candidate is no negative; valid until
-        the next."""
+        """Yield for each of the panel's dims the tile of s·E_a E_mᵀ, -inf where the candidate is no negative; valid
+        until the next."""
         anchors, candidates = self.panel.rows[a][rows], self.panel.cols[m][cols]
         tile = self.buffer("tile", rows, cols)
         if len(self.panel.dims) == 1:

@@ -69,7 +69,9 @@ def test_anchors_without_negatives_are_finite_and_pull_on_nothing():
 
 def test_nothing_is_kept_without_gradient():
     with torch.no_grad():
-        negatives, _ = block_logsumexp(random_embeds(6, 4), torch.tensor(9.0).double(), EVERY_BLOCK, [4], cache_bytes=10**9)
+        negatives, _ = block_logsumexp(
+            random_embeds(6, 4), torch.tensor(9.0).double(), EVERY_BLOCK, [4], cache_bytes=10**9
+        )
     assert negatives.grad_fn is None
 
 
