@@ -78,7 +78,7 @@ def check(switch, sizes, dtype, half_ring, label_names, scale=20.0, tolerance=No
     for got, want in pairs:
         torch.testing.assert_close(
             got.double(), want.double(), atol=tolerance, rtol=tolerance,
-            msg=lambda m: f"{switch}, {sizes}, {dtype}, half_ring={half_ring}, {label_names}, {matryoshka or more}: {m}",
+            msg=lambda m: f"{switch}, {sizes}, {dtype}, half_ring={half_ring}, {label_names}, {matryoshka}{more}: {m}",
         )  # fmt: skip
     return 1
 

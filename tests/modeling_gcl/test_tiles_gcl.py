@@ -99,10 +99,11 @@ def test_flops_at_four_thousand_pairs():
         (lambda *x: gcl_loss(*x, intra_modality=False), 3, 24),
         (lambda *x: gcl_loss(*x, denominator="target"), 3, 24),
         (lambda *x: gcl_loss(*x, cache_bytes=10**9), 3, 27),
+        (lambda *x: gcl_loss(*x, matryoshka_dims=[8, 4, 2]), 3, 36),
         (contrastive_loss, 2, 8),
         (alignclip_loss, 2, 18),
     ],
-    ids=["gcl", "no_intra", "target", "all_tiles_kept", "cl", "alignclip"],
+    ids=["gcl", "no_intra", "target", "all_tiles_kept", "matryoshka", "cl", "alignclip"],
 )
 def test_flops_of_the_switches(loss_of, num_embeds, expected, monkeypatch):
     monkeypatch.setitem(tiles_gcl.TILE, "cpu", 128)
@@ -116,6 +117,7 @@ def test_flops_of_the_switches(loss_of, num_embeds, expected, monkeypatch):
         ("gcl", 8192, 32),
         ("masked", 8192, 32),
         ("alignclip", 8192, 32),
+        ("matryoshka", 8192, 32),
         pytest.param("gcl", 32768, 512, marks=pytest.mark.slow),
     ],
 )
