@@ -40,13 +40,7 @@ def test_evaluate_pairs_writes_what_it_prints(model_folder, tmp_path, monkeypatc
         assert (tmp_path / "out" / name).stat().st_size > 1000
 
 
-def encode_and_cut(model, rows, *args, truncate_dim=None, encode=GCLModel.encode, **kwargs):
-    """Stands in for `GCLModel.encode`, which does not know `truncate_dim` yet."""
-    return torch.nn.functional.normalize(encode(model, rows, *args, **kwargs)[:, :truncate_dim], dim=-1)
-
-
 def test_embeddings_are_cut_when_asked(model_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(GCLModel, "encode", encode_and_cut)
     data = write_parquet(tmp_path / "pairs.parquet", 12)
     stored = json.loads((model_folder / "config.json").read_text())
     (model_folder / "config.json").write_text(json.dumps(stored | {"matryoshka_dims": [24, 6]}))
