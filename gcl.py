@@ -107,6 +107,9 @@ def evaluate_pairs_command(
     centre_on: Annotated[
         str | None, typer.Option(help="GR-CLIP: subtract the modality means of these pairs (never the test pairs).")
     ] = None,
+    truncate_dim: Annotated[
+        int | None, typer.Option(help="Cut embeddings to so many dimensions, as matryoshka_dims trains for.")
+    ] = None,
 ):
     """Nine-way retrieval, mixed-modality search and modality gap on image-caption pairs."""
     import torch
@@ -131,14 +134,17 @@ def evaluate_pairs_command(
         estimate_modality_means(encoder, processor, load_pairs(SourceArguments(centre_on)), **options)
         encoder.config.centring = True
     pairs = load_pairs(SourceArguments(data, split=split, limit=limit))
-    embeddings = embed_pairs(encoder, processor, pairs, **options)
+    trained = encoder.config.matryoshka_dims or [encoder.config.projection_dim]
+    if truncate_dim is not None and truncate_dim not in trained:
+        typer.echo(f"warning: {model} was trained for {trained} dimensions, not to be cut to {truncate_dim}", err=True)
+    embeddings = embed_pairs(encoder, processor, pairs, truncate_dim=truncate_dim, **options)
     result = evaluate_embeddings(embeddings, seed=seed)
     typer.echo(nine_way_table(result))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         settings = {"model": model, "data": data, "split": split, "limit": limit, "fusion": encoder.config.fusion}
         settings |= {"centring": encoder.config.centring, "centre_on": centre_on, "seed": seed}
-        settings |= {"environment": collect_environment()}
+        settings |= {"truncate_dim": truncate_dim, "environment": collect_environment()}
         write_json(out / "results.json", {"command": "gcl evaluate pairs", **settings, "after": result})
         embeddings.save(out / "embeddings.safetensors")
         nine_way_heatmap(result, None, out / "nine_way.png")

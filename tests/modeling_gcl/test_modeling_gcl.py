@@ -214,3 +214,15 @@ def test_processor_round_trip_and_padding_rule(backbone, tmp_path):
     assert length == (16 if backbone.startswith("siglip") else 9)  # full length, or the longest of the batch
     long_text = loaded(text=["a " * 50], return_tensors="pt")
     assert long_text["input_ids"].shape[1] == 16
+
+
+@pytest.mark.parametrize("dims", [[24], [24, 12, 1], None])
+def test_the_configuration_keeps_the_cuts(dims, tmp_path):
+    GCLConfig(tiny_encoder("clip").config, matryoshka_dims=dims).save_pretrained(tmp_path)
+    assert GCLConfig.from_pretrained(tmp_path).matryoshka_dims == dims
+
+
+@pytest.mark.parametrize("dims", [[], [12, 24], [12], [48, 24], [24, 12, 12], [24, 0]])
+def test_cuts_that_do_not_fall_from_the_whole_are_refused(dims):
+    with pytest.raises(ValueError, match="must fall from the embeddings' 24 to 1 or more"):
+        GCLConfig(tiny_encoder("clip").config, matryoshka_dims=dims)
