@@ -51,14 +51,17 @@ def read_pickle(path: Path) -> object:
             "weights need no conversion: use openai/clip-vit-base-patch32 or its siblings directly. For another such "
             'archive that you trust: torch.save(torch.jit.load("FILE").state_dict(), "WEIGHTS.pt"), then convert that.'
         )
+    with path.open("rb") as file:
+        if file.read(1) not in (b"\x80", b"P"):  # a pickle's and an archive's first byte; a Git LFS pointer is text
+            raise ValueError(f"{path} is truncated or was not written by torch.save: download it again.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError) as error:
-        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
-            raise ValueError(
-                f"{path} holds Python objects beside tensors, and loading them could run code: it is not read. Where "
-                "you trust it, save its state dict alone (torch.save or safetensors) and convert that file."
-            ) from error
+    except pickle.UnpicklingError as error:  # its own message advises to load with weights_only=False
+        raise ValueError(
+            f"{path} holds Python objects beside tensors, whose loading could run code: it is not read. Where you "
+            "trust it, save its state dict alone (torch.save or safetensors) and convert that file."
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path} is truncated or was not written by torch.save ({reason}): download it again."

@@ -8,7 +8,6 @@
 
 import math
 import os
-import pickle
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +20,7 @@ from modeling_gcl import GCLModel, GCLProcessor
 from modeling_gcl.configuration_vista import EVA02VisionConfig, VistaConfig
 from modeling_gcl.modeling_eva02 import rotary_tables
 from modeling_gcl.modeling_vista import VistaModel
+from publishing.checkpoint_file import read_state_dict
 
 TOKENIZERS = {"base": "BAAI/bge-base-en-v1.5", "m3": "BAAI/bge-m3"}
 HEAD_DIM = 64
@@ -102,7 +102,7 @@ def convert_vista(file: str | Path, out_dir: str | Path, tokenizer: str | Path |
     file, out_dir = Path(file), Path(out_dir)
     if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
         raise ValueError(f"{out_dir} exists and is not an empty folder: name another one, or remove it first.")
-    state = read_checkpoint(file)
+    state = read_state_dict(file)
     config = infer_config(state, file)
     variant = "m3" if config.text_config.model_type == "xlm-roberta" else "base"
     names = key_names(config)
@@ -133,25 +133,6 @@ def convert_vista(file: str | Path, out_dir: str | Path, tokenizer: str | Path |
     if unknown:
         lines.append(f"unused (unknown to this converter): {', '.join(unknown)}")
     return "\n".join(lines)
-
-
-def read_checkpoint(file: Path) -> dict[str, torch.Tensor]:
-    """The state dict of a `.pth` file on the CPU, nothing in it executed."""
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} is no file.")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} holds other things than tensors, perhaps code, or is no PyTorch file; it is not loaded. Take the "
-            "published file, or save a plain state dict: torch.save(model.state_dict(), path)."
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{file} cannot be read: it is cut off or no PyTorch file. Download it again.") from error
-    is_state = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
-    if not state or not is_state:
-        raise ValueError(f"{file} holds no state dict (names and tensors) at its top level.")
-    return dict(state)
 
 
 def infer_config(state: dict[str, torch.Tensor], file: Path) -> VistaConfig:

@@ -137,10 +137,11 @@ class Code:
 
 
 def test_code_in_the_pickle_is_refused(original, tmp_path):
+    message = "original.pth holds Python objects beside tensors, whose loading could run code"
     file, tokenizer = original(state=tiny_state("base") | {"extra": Code()})
-    refused("original.pth holds other things than tensors, perhaps code", file, tokenizer, tmp_path)
+    refused(message, file, tokenizer, tmp_path)
     file.write_bytes(pickle.dumps(Code()))
-    refused("original.pth holds other things than tensors, perhaps code", file, tokenizer, tmp_path)
+    refused(message, file, tokenizer, tmp_path)
 
 
 def test_damaged_and_foreign_files_are_refused(original, tmp_path):
@@ -148,16 +149,16 @@ def test_damaged_and_foreign_files_are_refused(original, tmp_path):
     whole = file.read_bytes()
     for size in (len(whole) - 1, len(whole) // 2, 100, 0):
         file.write_bytes(whole[:size])
-        refused(r"original\.pth (cannot be read: it is cut off|holds other things)", file, tokenizer, tmp_path)
+        refused(r"original\.pth (is truncated|holds Python objects)", file, tokenizer, tmp_path)
     refused("absent.pth is no file", tmp_path / "absent.pth", tokenizer, tmp_path)
-    for value in ({}, [torch.zeros(2)], {"state_dict": tiny_state("base")}):
+    for value in ({}, [torch.zeros(2)], {"weights": tiny_state("base")}):
         file, tokenizer = original(state=value)
         refused("holds no state dict", file, tokenizer, tmp_path)
     file, tokenizer = original(state={"text_model.weight": torch.zeros(2)})
     refused("is no VISTA checkpoint: it lacks bge_embeddings.word_embeddings.weight", file, tokenizer, tmp_path)
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("notes.txt", "no tensors")
-    refused("cannot be read|holds other things", file, tokenizer, tmp_path)
+    refused("is truncated|holds Python objects", file, tokenizer, tmp_path)
 
 
 def test_missing_keys_are_named_and_refused(original, tmp_path):
