@@ -44,7 +44,7 @@ def build(processes, chunk=2, **settings):
 
 def run_short(trainer, part, calls):
     """Let the last rank's model or backward fail at these calls; the model inside, as it would in earnest."""
-    owner, name = (trainer.model, "get_image_features") if part == "model" else (trainer.grad_cache, "backward")
+    owner, name = (trainer.model.encoder, "get_image_features") if part == "model" else (trainer.grad_cache, "backward")
     inner, seen = getattr(owner, name), []
 
     def outer(*args, **kwargs):
