@@ -67,7 +67,7 @@ def test_each_row_as_if_alone_whatever_the_order_and_batch(door, data):
         torch.testing.assert_close(embedding, model.encode([row], processor=processor)[0], atol=1e-5, rtol=0)
 
 
-def test_texts_are_batched_by_their_tokens(clip):
+def test_texts_are_batched_by_their_tokens(clip, monkeypatch):
     model, processor = clip
     widths = []
 
@@ -79,6 +79,7 @@ def test_texts_are_batched_by_their_tokens(clip):
             widths.append(batch["input_ids"].shape[1])
             return batch
 
+    monkeypatch.setattr("modeling_gcl.encoding_gcl.TEXTS_AT_ONCE", 3)  # a last, smaller run too
     # 10, 11, 12 and 13 characters: in that order few tokens would be padded to many
     rows = ["grasshouse", "a a a a a a", "grasseshouse", "a a a a a a a"]
     model.encode(rows, processor=Spy(), batch_size=2)
