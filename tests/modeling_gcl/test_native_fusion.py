@@ -11,7 +11,10 @@ from modeling_gcl import GCLModel
 from modeling_gcl.configuration_vista import VistaConfig
 from modeling_gcl.modeling_vista import VistaModel
 
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER = {  # weights so large that rows differ: with the usual 0.02 all embeddings are one, and nothing is learned
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "initializer_range": 0.2,
+}  # fmt: skip
 TEXT = TOWER | {"model_type": "bert", "vocab_size": 30, "max_position_embeddings": 24}
 VISION = TOWER | {"model_type": "eva02_clip_vision", "image_size": 32, "patch_size": 16}
 ROWS = [{"image": random_image(0)}, "a red dog", {"image": random_image(1), "text": "a cat"}]
@@ -98,7 +101,7 @@ def test_it_trains_saves_and_loads(tmp_path, inputs):
     still = {name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])}
     assert not still
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] - 0.3
     model.eval().save_pretrained(tmp_path / "model")
     loaded = AutoModel.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():
