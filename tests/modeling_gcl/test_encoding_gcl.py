@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backbones import BACKBONES, WORDS, random_image, tiny_encoder, tiny_processor
+from backbones import BACKBONES, LARGE, WORDS, random_image, tiny_encoder, tiny_processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,7 +20,7 @@ from modeling_gcl.modeling_vista import VistaModel
 
 def tiny_vista():
     torch.manual_seed(0)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2} | LARGE
     text = tower | {"model_type": "bert", "vocab_size": 30, "max_position_embeddings": 24}
     vision = tower | {"model_type": "eva02_clip_vision", "image_size": 32, "patch_size": 16}
     return VistaModel(VistaConfig(text, vision, cls_token_id=2, sep_token_id=3))
