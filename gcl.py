@@ -39,7 +39,7 @@ def convert_towers_command(
 def convert_centring_command(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")],
     data: Annotated[str, typer.Argument(help="Captioned images for calibration, never those that are searched.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
     limit: Annotated[int | None, typer.Option(help="Only the first pairs.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows embedded at once.")] = 64,
@@ -49,15 +49,18 @@ def convert_centring_command(
 
     from evaluation.centring import estimate_modality_means
     from modeling_gcl import GCLModel, GCLProcessor
+    from publishing.new_folder import check_is_new, new_folder
     from training.arguments import SourceArguments
     from training.sources import load_pairs
 
+    check_is_new(out)
     encoder, processor = GCLModel.from_encoder(model).eval(), GCLProcessor.from_encoder(model)
     encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     pairs = load_pairs(SourceArguments(data, split=split, limit=limit))
     estimate_modality_means(encoder, processor, pairs, batch_size=batch_size, show_progress=sys.stderr.isatty())
-    processor.save_pretrained(out)
-    encoder.save_pretrained(out)
+    with new_folder(out) as folder:
+        processor.save_pretrained(folder)
+        encoder.save_pretrained(folder)
     typer.echo(out)
 
 

@@ -74,6 +74,8 @@ def test_stored_means_are_an_option_of_the_checkpoint(model_folder, tmp_path, mo
     assert run(monkeypatch, "convert", "centring", model_folder, calibration, tmp_path / "with_means") == 0
     plain, centred = (AutoModel.from_pretrained(tmp_path / "with_means", centring=on).eval() for on in (False, True))
     assert AutoModel.from_pretrained(tmp_path / "with_means").config.centring is False
+    again = run(monkeypatch, "convert", "centring", model_folder, calibration, tmp_path / "with_means")
+    assert "with_means exists and is not an empty folder" in again
     processor = tiny_processor("clip")
     rows = [{"image": row["image"]} for row in load_pairs(SourceArguments(str(calibration)))]
     before = GCLModel.from_encoder(model_folder).encode(rows, processor)

@@ -34,7 +34,7 @@ def one_process(tmp_path_factory):
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_trains_as_one(processes, one_process, tmp_path):
     several = launch(processes, tmp_path / "weights.pt")
-    assert several.keys() == one_process.keys()
+    assert several.keys() == one_process.keys() and len(several) == 8
     torch.testing.assert_close(several.pop("encode"), one_process["encode"], atol=1e-5, rtol=0)
     for loss, parameters in several.items():
         for name, parameter in parameters.items():

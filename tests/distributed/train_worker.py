@@ -1,4 +1,4 @@
-"""Run under torchrun or plain python: train tiny models with every loss, save the weights of rank 0.
+"""Run under torchrun or plain python: train tiny models with every loss and fusion, save the weights of rank 0.
 
 Arguments: output file, total batch size. Every process asserts the world size that the launcher promised.
 """
@@ -7,24 +7,41 @@ import os
 import sys
 
 import torch
+from backbones import tiny_model
 from training_runs import make_pairs, make_trainer
 
 from training.distributed import RowShardedEncoder, world_size
 
-LOSSES = {
-    "gcl": {"loss": "gcl"},
-    "gcl_weighted": {"denominator": "without_other_positive", "direction_weights": {"i->t": 2.0, "t->it": 0.5}},
-    "cl": {"loss": "cl"},
-    "alignclip": {"loss": "alignclip"},
+RUNS = {  # family of the model, settings of the training
+    "gcl": ("clip", {"loss": "gcl"}),
+    "gcl_weighted": (
+        "clip",
+        {"denominator": "without_other_positive", "direction_weights": {"i->t": 2.0, "t->it": 0.5}},
+    ),
+    "cl": ("clip", {"loss": "cl"}),
+    "alignclip": ("clip", {"loss": "alignclip"}),
+    "native fusion": ("vista-base", {}),
+    "native fusion, cl": ("vista-base", {"loss": "cl"}),
+    "gated fusion": ("clip, gated", {}),
 }
+
+
+def undropped_model(family):
+    """Without dropout, which processes draw each for itself."""
+    model = tiny_model(family, logit_scale_init_value=10.0)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def main(out, total_batch):
     expected = int(os.environ.get("WORLD_SIZE", 1))
     results = {}
-    for name, settings in LOSSES.items():
+    for name, (family, settings) in RUNS.items():
         trainer = make_trainer(
-            "unused", make_pairs(48), per_device_train_batch_size=total_batch // expected, num_train_epochs=1,
+            "unused", make_pairs(48), model=undropped_model(family), num_train_epochs=1,
+            per_device_train_batch_size=total_batch // expected,
             **({"ddp_backend": "gloo"} if expected > 1 else {}), **settings,
         )  # fmt: skip
         assert trainer.args.world_size == world_size() == expected
