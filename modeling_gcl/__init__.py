@@ -8,6 +8,7 @@ from .loss_gcl import alignclip_loss, contrastive_loss, gcl_loss
 from .modeling_gcl import GCLModel, GCLOutput
 from .processing_gcl import GCLProcessor
 from .rows_gcl import ImageError, load_image
+from .video_gcl import VideoError, load_video_frames, middle_frame
 
 AutoConfig.register(GCLConfig.model_type, GCLConfig, exist_ok=True)
 AutoModel.register(GCLConfig, GCLModel, exist_ok=True)
@@ -22,8 +23,11 @@ __all__ = [
     "GCLOutput",
     "GCLProcessor",
     "ImageError",
+    "VideoError",
     "alignclip_loss",
     "contrastive_loss",
     "gcl_loss",
     "load_image",
+    "load_video_frames",
+    "middle_frame",
 ]

@@ -387,27 +387,54 @@ class GCLModel(GCLPreTrainedModel):
             image["pixel_values"] = pixel_values.to(self.dtype)
         return image, text | {"input_ids": input_ids, "attention_mask": attention_mask}
 
-    def encode(self, rows, processor, batch_size=64, show_progress=False, on_error="raise"):
+    def encode(
+        self,
+        rows,
+        processor,
+        batch_size=64,
+        show_progress=False,
+        on_error="raise",
+        truncate_dim=None,
+        num_frames=15,
+    ):
         r"""
         Embed rows of any kind, mixed freely.
 
         Args:
-            rows (`Sequence`): each a dict with `image` (PIL image, path, bytes, uint8 array, or a list of them:
-                the embedding is then the normalised mean over the images) and/or `text`; or a bare value: a `str` is
-                a text, a `Path`, PIL image, `bytes` or array an image. Blank text counts as absent.
+            rows (`Sequence`): each a dict with
+
+                - `image`: a PIL image, path, bytes or uint8 array, or a list of them;
+                - `video`, in place of `image`: the path of a file (needs PyAV: `pip install av`), or a list of images
+                  that are its frames;
+                - `text`, alone or beside either: with it the row is a fused one;
+                - `instruction`: put before the text, as `"{instruction} {text}"`; beside an image or video without
+                  text it is the text, so that such a row is a fused one.
+
+                Of several images or frames, each is embedded, together with the text if there is one; the row's
+                embedding is their normalised mean. Blank text counts as absent. A bare value is a row too: a `str` is a
+                text, a `Path` with the suffix of a video a video, another `Path`, a PIL image, `bytes` or array an
+                image.
             processor (`GCLProcessor`): the checkpoint's processor.
-            batch_size (`int`): rows per forward pass. Rows are sorted by kind and length inside.
+            batch_size (`int`): texts, images and frames per forward pass. Rows are sorted by kind and length inside.
             show_progress (`bool`): show a progress bar with rows per second.
             on_error (`str`): `"raise"` stops at the first bad row; `"skip"` leaves bad rows out.
+            truncate_dim (`int`, *optional*): keep the first dimensions only, as models trained with Matryoshka
+                dimensions allow: each embedding is cut and normalised again, before any mean over images.
+            num_frames (`int`): frames taken of a video file: the middle one of each of so many equal intervals, as
+                WebVid-CoVR does, or every frame of a shorter video. A list of frames is taken whole.
 
         Returns:
-            `torch.FloatTensor` of shape `(N, D)` on the CPU, unit norm, in the order of `rows`; with
-            `on_error="skip"` a tuple of it, for the rows kept, and the `list[int]` of their indices.
+            `torch.FloatTensor` of shape `(N, D)`, or `(N, truncate_dim)`, on the CPU, unit norm, in the order of
+            `rows`; with `on_error="skip"` a tuple of it, for the rows kept, and the `list[int]` of their indices.
 
         Raises:
-            ValueError: naming the row: neither image nor text, an empty image list, an unreadable image.
+            ValueError: naming the row: nothing to embed, both image and video, an empty list, an unreadable image,
+                frame or video; `truncate_dim` outside 1…D; `batch_size` or `num_frames` below 1.
+            ImportError: a video file is given and PyAV is not installed.
         """
-        return encode_rows(self, rows, processor, batch_size, show_progress, on_error)
+        return encode_rows(
+            self, rows, processor, batch_size, show_progress, on_error, truncate_dim=truncate_dim, num_frames=num_frames
+        )
 
 
 def _processor_beside(name, revision):

@@ -1,11 +1,18 @@
-"""Rows as users give them: what counts as an image, a text or both, and how an image is read."""
+"""Rows as users give them: what counts as an image, a video, a text or several, and how an image is read."""
 
 from dataclasses import dataclass, field
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from .video_gcl import VIDEO_SUFFIXES, load_video_frames
+
+KEYS = {  # misspelt key → the one that was meant
+    "caption": "text", "captions": "text", "texts": "text", "images": "image", "videos": "video", "frames": "video",
+    "instructions": "instruction",
+}  # fmt: skip
 
 
 class ImageError(ValueError):
@@ -14,14 +21,16 @@ class ImageError(ValueError):
 
 @dataclass
 class Row:
-    """One row: `text` (or None) and zero or more unread `images`; `kind` is `"i"`, `"t"` or `"it"`."""
+    """One row: `text`, its instruction before it (or None), and either unread `images` or a `video` (or neither), which
+    is a path or a list of unread frames; `kind` is `"i"`, `"t"` or `"it"`: a video is embedded as its frames."""
 
     text: str | None = None
     images: list = field(default_factory=list)
+    video: str | PurePath | list | None = None
 
     @property
     def kind(self):
-        return ("i" if self.images else "") + ("t" if self.text is not None else "")
+        return ("i" if self.images or self.video is not None else "") + ("t" if self.text is not None else "")
 
 
 def parse_row(value, index):
@@ -29,34 +38,87 @@ def parse_row(value, index):
     Normalise one user row.
 
     Args:
-        value: a dict with `image` and/or `text`, or a bare value: a `str` is a text; a `Path`, `bytes`, PIL image or
-            array is an image. `image` may be a list of images. `None` and blank text count as absent.
+        value: a dict with any of `image` (one, or a list), `video` (a path, or a list of images that are its frames),
+            `text` and `instruction`; or a bare value: a `str` is a text; a `Path` with the suffix of a video is a
+            video; another `Path`, `bytes`, PIL image or array is an image. `None` and blank text count as absent. The
+            instruction goes before the text, with a space between, as in M-BEIR (UniIR, arXiv 2311.17136); with images
+            and no text it is the text, as in MMEB (arXiv 2410.05160).
         index (`int`): position of the row, named in errors.
 
     Raises:
-        ValueError: a row with neither image nor text, an empty image list, a text that is not a `str`, or a key that
-            looks like one of the two and would be ignored.
+        ValueError: a row with nothing to embed (an instruction alone is none), with both image and video, with an empty
+            list, with a text or instruction that is not a `str` or a video of another type, or with a key that looks
+            like one of these and would be ignored.
     """
     if isinstance(value, str):
         value = {"text": value}
+    elif isinstance(value, PurePath) and value.suffix.lower() in VIDEO_SUFFIXES:
+        value = {"video": value}
     elif not isinstance(value, dict) or set(value) == {"bytes", "path"}:
         value = {"image": value}
-    for key, meant in (("caption", "text"), ("captions", "text"), ("texts", "text"), ("images", "image")):
+    for key, meant in KEYS.items():
         if key in value:
             raise ValueError(f"row {index} has the key {key!r}: call it {meant!r}")
-    text, images = value.get("text"), value.get("image")
-    if text is not None and not isinstance(text, str):
-        raise ValueError(f"row {index}: text must be a str, got {type(text).__name__}")
-    if isinstance(images, (list, tuple)):
-        if len(images) == 0:
-            raise ValueError(f"row {index}: the list of images is empty; leave `image` out for a text-only row")
-        images = list(images)
-    else:
-        images = [] if images is None else [images]
-    row = Row(text=text if text and text.strip() else None, images=images)
+    images, video = value.get("image"), value.get("video")
+    text, instruction = (_text(value, key, index) for key in ("text", "instruction"))
+    if images is not None and video is not None:
+        raise ValueError(f"row {index} has both an image and a video: give one of them")
+    for key, several in (("images", images), ("frames", video)):
+        if isinstance(several, (list, tuple)) and len(several) == 0:
+            raise ValueError(f"row {index}: the list of {key} is empty; leave it out for a text-only row")
+    if isinstance(video, tuple):
+        video = list(video)
+    if video is not None and not isinstance(video, (str, PurePath, list)):
+        raise ValueError(
+            f"row {index}: video must be a path or a list of frames, got {type(video).__name__}; "
+            "a single picture is an `image`, an array of frames is list(array)"
+        )
+    if images is None:
+        images = []
+    row = Row(text, list(images) if isinstance(images, (list, tuple)) else [images], video)
     if not row.kind:
-        raise ValueError(f"row {index} has neither an image nor a text: give at least one of `image`, `text`")
+        if instruction is not None:
+            raise ValueError(f"row {index} has an instruction and nothing it is for: give `image`, `video` or `text`")
+        raise ValueError(f"row {index} has neither an image nor a text: give at least one of `image`, `video`, `text`")
+    if instruction is not None:
+        row.text = instruction if text is None else f"{instruction} {text}"
     return row
+
+
+def _text(value, key, index):
+    """The row's `key`, or None where it is absent or blank."""
+    text = value.get(key)
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"row {index}: {key} must be a str, got {type(text).__name__}")
+    return text if text and text.strip() else None
+
+
+def load_images(row, num_frames):
+    """
+    Read the images of a row, one by one: its images, or the frames of its video; a text row has none.
+
+    Args:
+        row (`Row`): as `parse_row` returns it.
+        num_frames (`int`): how many frames of a video file; of a list of frames, all are read.
+
+    Yields:
+        PIL images, RGB.
+
+    Raises:
+        ImageError: as `load_image`, and which of several.
+        VideoError: as `load_video_frames`.
+    """
+    if isinstance(row.video, (str, PurePath)):
+        yield from load_video_frames(row.video, num_frames)
+        return
+    images, name = (row.images, "image") if row.video is None else (row.video, "frame")
+    for n, image in enumerate(images):
+        try:
+            yield load_image(image)
+        except ImageError as error:
+            if len(images) == 1:
+                raise
+            raise ImageError(f"{name} {n}: {error}") from error
 
 
 def load_image(value):
@@ -79,6 +141,8 @@ def load_image(value):
         elif isinstance(value, (str, Path)):
             if str(value).startswith(("http://", "https://")):
                 raise ImageError(f"{name}: images are not downloaded; fetch it first and pass its path or bytes")
+            if name.lower().endswith(VIDEO_SUFFIXES):
+                raise ImageError(f"{name}: a video, not an image; give it as `video`")
             image = Image.open(value)
         elif isinstance(value, (bytes, bytearray)):
             image = Image.open(BytesIO(value))

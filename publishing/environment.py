@@ -23,6 +23,7 @@ PACKAGES = (
     "numpy",
     "pillow",
     "simplejpeg",
+    "av",
     "torchvision",
 )
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -1,23 +1,35 @@
 """encode(): rows of every form, order, padding, batch size, and bad rows."""
 
 import io
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backbones import random_image, tiny_encoder, tiny_processor
+from backbones import BACKBONES, WORDS, random_image, tiny_encoder, tiny_processor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from modeling_gcl import GCLModel, ImageError, load_image
-from modeling_gcl.rows_gcl import parse_row
+from modeling_gcl import GCLModel, ImageError, VideoError, load_image, load_video_frames
+from modeling_gcl.configuration_vista import VistaConfig
+from modeling_gcl.modeling_vista import VistaModel
 
-TEXTS = ["a red dog runs on the grass", "the cat", "one bird flies in the blue sky", "a house"]
+
+def tiny_vista():
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = tower | {"model_type": "bert", "vocab_size": 30, "max_position_embeddings": 24}
+    vision = tower | {"model_type": "eva02_clip_vision", "image_size": 32, "patch_size": 16}
+    return VistaModel(VistaConfig(text, vision, cls_token_id=2, sep_token_id=3))
 
 
-@pytest.fixture(scope="module", params=["clip", "siglip", "siglip2", "vision-text-dual-encoder"])
+@pytest.fixture(scope="module", params=[*BACKBONES, "vista"])
 def door(request):
+    if request.param == "vista":
+        return GCLModel.from_encoder(tiny_vista(), fusion="native"), tiny_processor("clip")
     model = GCLModel.from_encoder(tiny_encoder(request.param), fusion="normalized_sum")
     return model, tiny_processor(request.param)
 
@@ -33,24 +45,26 @@ def png_bytes(image):
     return buffer.getvalue()
 
 
-def mixed_rows():
-    rows = [{"image": random_image(i)} for i in range(3)] + list(TEXTS)
-    rows += [{"image": random_image(i), "text": text} for i, text in enumerate(TEXTS)]
-    return rows
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_each_row_as_if_alone_whatever_the_order_and_batch(door, batch_size):
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_each_row_as_if_alone_whatever_the_order_and_batch(door, data):
+    """Texts of many lengths, so that batches are padded now more, now less."""
     model, processor = door
-    rows = mixed_rows()
-    permutation = np.random.default_rng(batch_size).permutation(len(rows))
-    together = model.encode([rows[i] for i in permutation], processor=processor, batch_size=batch_size)
+    images = st.integers(0, 5).map(random_image)
+    texts = st.lists(st.sampled_from(WORDS), min_size=1, max_size=14).map(" ".join)
+    row = st.one_of(
+        texts,
+        st.fixed_dictionaries({"image": images}, optional={"text": texts, "instruction": texts}),
+        st.fixed_dictionaries({"video": st.lists(images, min_size=1, max_size=3)}, optional={"text": texts}),
+    )
+    rows = data.draw(st.lists(row, min_size=1, max_size=12))
+    batch_size = data.draw(st.sampled_from([1, 2, 3, 64]))
+    together = model.encode(rows, processor=processor, batch_size=batch_size)
     assert together.shape == (len(rows), model.config.projection_dim)
     assert together.dtype == torch.float32 and together.device.type == "cpu"
     torch.testing.assert_close(together.norm(dim=-1), torch.ones(len(rows)))
-    for position, i in enumerate(permutation):
-        alone = model.encode([rows[i]], processor=processor)
-        torch.testing.assert_close(together[position], alone[0], atol=1e-5, rtol=0)
+    for embedding, row in zip(together, rows):
+        torch.testing.assert_close(embedding, model.encode([row], processor=processor)[0], atol=1e-5, rtol=0)
 
 
 def test_texts_are_batched_by_their_tokens(clip):
@@ -90,15 +104,78 @@ def test_every_form_of_an_image_is_the_same_row(clip, tmp_path):
         torch.testing.assert_close(row, embeds[0], atol=1e-6, rtol=0)
 
 
-def test_several_images_are_the_normalised_mean(clip):
+def test_several_images_or_frames_are_the_normalised_mean(door):
+    model, processor = door
+    images = [random_image(i) for i in range(3)]
+    rows = [{"image": images}, {"image": images, "text": "a dog"}, {"video": images}]
+    rows += [{"video": images, "text": "dog", "instruction": "a"}, {"video": images, "instruction": "a dog"}, *images]
+    rows += [{"image": image, "text": "a dog"} for image in images]
+    embeds = model.encode(rows, processor=processor, batch_size=2)
+    alone, fused = F.normalize(embeds[5:8].mean(0), dim=-1), F.normalize(embeds[8:].mean(0), dim=-1)
+    for found, expected in zip(embeds, (alone, fused, alone, fused, fused)):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_an_instruction_is_the_text_before_the_text(clip):
+    model, processor = clip
+    image = random_image(0)
+    with_instruction = [
+        {"text": "a dog", "instruction": "the red"},
+        {"image": image, "text": "a dog", "instruction": "the red"},
+        {"image": image, "instruction": "the red"},
+        {"image": image, "instruction": " "},
+    ]
+    written_out = [
+        "the red a dog",
+        {"image": image, "text": "the red a dog"},
+        {"image": image, "text": "the red"},
+        image,
+    ]
+    found, expected = (model.encode(rows, processor=processor) for rows in (with_instruction, written_out))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dim", [1, 5, 24])
+def test_embeddings_are_cut_and_normalised_before_the_mean(clip, dim):
     model, processor = clip
     images = [random_image(i) for i in range(3)]
-    rows = [{"image": images}, {"image": images, "text": "a dog"}, *images] + [
-        {"image": image, "text": "a dog"} for image in images
-    ]
-    embeds = model.encode(rows, processor=processor, batch_size=2)
-    torch.testing.assert_close(embeds[0], F.normalize(embeds[2:5].mean(0), dim=-1), atol=1e-6, rtol=0)
-    torch.testing.assert_close(embeds[1], F.normalize(embeds[5:8].mean(0), dim=-1), atol=1e-6, rtol=0)
+    rows = ["a dog", {"image": images[0], "text": "a cat"}, {"image": images}]
+    whole = model.encode([*rows[:2], *images], processor=processor).double()
+    cut = whole[:, :dim] / whole[:, :dim].norm(dim=-1, keepdim=True)
+    mean = cut[2:].mean(0) / cut[2:].mean(0).norm()
+    found = model.encode(rows, processor=processor, truncate_dim=dim)
+    assert found.shape == (3, dim) and found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), torch.stack([cut[0], cut[1], mean]), atol=1e-5, rtol=0)
+
+
+def test_a_video_file_is_the_mean_of_its_middle_frames(door, tmp_path):
+    pytest.importorskip("av")
+    from videos import write_video
+
+    model, processor = door
+    path = write_video(tmp_path / "x.mkv", 7)
+    frames = load_video_frames(path, 3)
+    rows = [path, {"video": str(path), "text": "a dog"}, {"video": frames}, {"video": frames, "text": "a dog"}]
+    found = model.encode(rows, processor=processor, batch_size=2, num_frames=3)
+    torch.testing.assert_close(found[:2], found[2:], atol=1e-5, rtol=0)
+    every = model.encode([path, {"video": load_video_frames(path)}], processor=processor)
+    torch.testing.assert_close(every[0], every[1], atol=1e-5, rtol=0)
+    assert (every[0] - found[0]).abs().max() > 1e-4  # seven frames, not three
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_a_video_is_decoded_once_and_held_alone(clip, monkeypatch, batch_size):
+    model, processor = clip
+    loaded = []
+
+    def load(path, num_frames):
+        loaded.append(path)
+        return [random_image(len(loaded))] * num_frames
+
+    monkeypatch.setattr("modeling_gcl.rows_gcl.load_video_frames", load)
+    rows = [{"video": "1.mp4"}, "a dog", {"video": "2.mp4", "text": "a dog"}, {"video": "3.mp4"}]
+    model.encode(rows, processor=processor, batch_size=batch_size, num_frames=5)
+    assert loaded == ["1.mp4", "3.mp4", "2.mp4"]
 
 
 def test_encode_leaves_the_training_mode_as_it_was(clip):
@@ -109,6 +186,41 @@ def test_encode_leaves_the_training_mode_as_it_was(clip):
     model.towers["image"].eval()  # as a user may keep batch statistics fixed
     model.encode((row for row in ["a dog"]), processor=processor)  # any iterable
     assert model.training and model.towers["text"].training and not model.towers["image"].training
+
+
+def test_a_row_costs_the_passes_of_its_own_kind_only():
+    """VISTA could embed an image, a text and both of the same inputs, each in a pass of its own."""
+    model, passes = GCLModel.from_encoder(tiny_vista(), fusion="native"), Counter()
+    layers = {"image": model.towers["image"], "text": model.towers["text"].encoder}
+    for name, module in layers.items():
+        module.register_forward_pre_hook(lambda *_, name=name: passes.update([name]))
+    model.encode([{"image": random_image(0), "text": "a dog"}], processor=tiny_processor("clip"))
+    assert passes == {"image": 1, "text": 1}
+    model.encode([{"video": [random_image(1)]}, "a cat"], processor=tiny_processor("clip"))
+    assert passes == {"image": 2, "text": 3}
+
+
+def test_progress_counts_rows(clip, monkeypatch):
+    model, processor = clip
+    steps = []
+
+    class Bar:
+        def __init__(self, total, **kwargs):
+            steps.append(total)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self, n):
+            steps.append(n)
+
+    monkeypatch.setattr("modeling_gcl.encoding_gcl.logging.tqdm", Bar)
+    image = random_image(0)
+    model.encode([{"image": [image] * 3}, {"video": [image] * 2}, image, "a"], processor=processor, batch_size=2)
+    assert steps == [4, 1, 1, 1, 1]  # the batches hold images 1, 1 | 1, 2 | 2, 3 | and the text
 
 
 def test_no_rows_give_no_embeddings(clip):
@@ -130,6 +242,10 @@ def test_no_rows_give_no_embeddings(clip):
         (np.zeros((4, 4, 3), dtype=np.float32), "row 1: .*arrays must be uint8"),
         ({"image": "https://example.com/x.png"}, "row 1: .*images are not downloaded"),
         ({"image": 3.5}, "row 1: cannot read an image from float"),
+        ({"image": "some/x.mp4"}, "row 1: some/x.mp4: a video, not an image; give it as `video`"),
+        ({"video": [random_image(0), b"x"]}, "row 1: frame 1: image of bytes: not a readable image"),
+        ({"video": b"x"}, "row 1: video must be a path or a list of frames"),
+        ({"text": "a dog", "instruction": 3}, "row 1: instruction must be a str, got int"),
     ],
 )
 def test_bad_rows_are_named_or_skipped(clip, bad, message):
@@ -142,10 +258,26 @@ def test_bad_rows_are_named_or_skipped(clip, bad, message):
     torch.testing.assert_close(embeds, model.encode([rows[0], rows[2]], processor=processor), atol=1e-6, rtol=0)
 
 
-def test_a_bad_one_among_several_images_spoils_its_row(clip):
+@pytest.mark.parametrize("key", ["image", "video"])
+@pytest.mark.parametrize("batch_size", [1, 64])
+def test_a_bad_one_among_several_images_spoils_its_row(clip, key, batch_size):
     model, processor = clip
-    _, kept = model.encode(["a dog", {"image": [random_image(0), b"x"]}], processor=processor, on_error="skip")
-    assert kept == [0]
+    rows = [{key: [random_image(0), b"x", random_image(1)]}, "a dog", {"image": random_image(0)}]
+    embeds, kept = model.encode(rows, processor=processor, on_error="skip", batch_size=batch_size)
+    assert kept == [1, 2]
+    torch.testing.assert_close(embeds, model.encode(rows[1:], processor=processor), atol=1e-6, rtol=0)
+
+
+def test_a_bad_video_file_is_named_or_skipped(clip, tmp_path):
+    pytest.importorskip("av")
+    model, processor = clip
+    (tmp_path / "x.mp4").write_bytes(b"no video")
+    rows = ["a dog", {"video": tmp_path / "x.mp4"}, {"video": "nowhere.mp4"}]
+    for row, message in ((rows[1], "x.mp4: not a readable video"), (rows[2], "nowhere.mp4: no such file")):
+        with pytest.raises(VideoError, match=f"row 1: .*{message}"):
+            model.encode(["a dog", row], processor=processor)
+    embeds, kept = model.encode(rows, processor=processor, on_error="skip")
+    assert kept == [0] and embeds.shape == (1, 24)
 
 
 def test_bad_calls(clip):
@@ -157,16 +289,15 @@ def test_bad_calls(clip):
             model.encode(single, processor=processor)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         model.encode(["a dog"], processor=processor, batch_size=0)
+    for dim in (0, 25):
+        with pytest.raises(ValueError, match=f"truncate_dim must be between 1 and the embeddings' 24 .*, got {dim}"):
+            model.encode(["a dog"], processor=processor, truncate_dim=dim)
+    with pytest.raises(ValueError, match="num_frames must be at least 1, got 0"):
+        model.encode(["a dog"], processor=processor, num_frames=0)
     with pytest.raises(ValueError, match="row 0 has the key 'caption': call it 'text'"):
         model.encode([{"image": random_image(0), "caption": "a dog"}], processor=processor)
     with pytest.raises(ValueError, match="on_error='ignore' is unknown"):
         model.encode(["a dog"], processor=processor, on_error="ignore")
-
-
-def test_kinds_of_rows():
-    assert parse_row("a", 0).kind == "t"
-    assert parse_row({"image": b"", "text": "a"}, 0).kind == "it"
-    assert parse_row({"bytes": b"x", "path": None}, 0).kind == "i"
 
 
 def test_images_are_upright_rgb(tmp_path):
