@@ -2,10 +2,13 @@
 
 A candidate x is left out for a query q by proof only:
 
+- What queries share is taken out: with d the direction of their mean, q = a·d + p. Embeddings of one modality lie in a
+  cone, and most of what tells their scores apart may be d·x.
 - A chunk of the pool is centred at μ and scaled by s per dimension: x = μ + s∘X + r, X in int8 and r what rounding left
-  over. The query is rounded alike: q∘s = t·Y + e, Y in int8.
-- So q·x = q·μ + t·Y·X + e·X + q·r. Only the integer Y·X is computed for every pair; |e·X| ≤ |e| |X| and |q·r| ≤ |q| |r|
-  bound the rest, with the largest |X| and |r| of the chunk.
+  over. The query is rounded alike: p∘s = t·Y + e, Y in int8.
+- So q·x = q·μ + a·d·(x − μ) + t·Y·X + e·X + p·r. Of these, the integer Y·X is all that is computed for every pair;
+  |e·X| ≤ |e| |X| and |p·r| ≤ |p| |r| bound the last two, with the largest |X| and |r| of the chunk. The candidates are
+  sorted by d·x, so that a group of them shares one bound.
 - x is left out if that upper bound lies below a lower bound of the query's k-th best score, which the candidates seen
   so far give. What remains is scored in float32 and compared again, and what then remains, little more than k, is
   scored as `exact_top_k` does.
@@ -54,17 +57,15 @@ def screened_top_k(queries, candidates, k: int, *, chunk_size: int = 8192) -> tu
 
 
 def _search(queries, candidates, k, chunk_size, sample_size, first_query):
-    queries = on_grid(queries, "queries", first_query)
-    sample = _sample(candidates, sample_size).to(queries.device, torch.float32)
-    largest = queries.abs().amax(dim=1)
-    if not _is_safe(sample) or ((largest != 0) & ((largest < _SAFE[0]) | (largest > _SAFE[1]))).any():
-        return exact_top_k(queries, candidates, k)
-    single = queries.to(torch.float32)
-    found = _Found(queries, single, candidates, k, _Screen(queries, sample).lower_bounds(single, sample, k))
+    queries = _Queries(on_grid(queries, "queries", first_query))
+    device, everyone = queries.grid.device, torch.arange(len(queries.grid), device=queries.grid.device)
+    sample = _sample(candidates, sample_size).to(device, torch.float32)
+    if not queries.safe or not _is_safe(sample):
+        return exact_top_k(queries.grid, candidates, k)
+    found = _Found(queries, candidates, k, _Screen(queries, sample).lower_bounds(sample, k))
     for start in range(0, candidates.shape[0], chunk_size):
-        raw = as_tensor(candidates[start : start + chunk_size]).to(queries.device)
-        chunk = raw.to(torch.float32)
-        crowded = torch.arange(len(queries), device=queries.device)
+        raw = as_tensor(candidates[start : start + chunk_size]).to(device)
+        chunk, crowded = raw.to(torch.float32), everyone
         if _is_safe(chunk):
             screen = _Screen(queries, chunk)
             pairs, crowded = screen.survivors(found.lower)
@@ -83,8 +84,22 @@ def _sample(candidates, size):
 
 
 def _is_safe(chunk):
-    largest = chunk.abs().amax()  # NaN fails all comparisons
+    low, high = chunk.aminmax()
+    largest = torch.maximum(-low, high)  # NaN fails all comparisons
     return bool((largest == 0) | ((largest >= _SAFE[0]) & (largest <= _SAFE[1])))
+
+
+class _Queries:
+    """(Q, D) queries: `grid` float64, `single` float32, and grid = share[:, None] * direction + across."""
+
+    def __init__(self, grid):
+        self.grid, self.single = grid, grid.to(torch.float32)
+        largest = grid.abs().amax(dim=1)
+        self.safe = bool(((largest == 0) | ((largest >= _SAFE[0]) & (largest <= _SAFE[1]))).all())
+        self.direction = F.normalize(grid.mean(dim=0), dim=0)  # (D,)
+        self.share = grid @ self.direction  # (Q,)
+        self.across = grid - self.share[:, None] * self.direction
+        self.norm, self.across_norm = grid.norm(dim=1), self.across.norm(dim=1)
 
 
 class _Screen:
@@ -92,7 +107,7 @@ class _Screen:
     Queries and some candidates in int8, and what that leaves out.
 
     Args:
-        queries: (Q, D) float64, on the grid.
+        queries: `_Queries`.
         rows: (n, D) float32 candidates.
 
     Attributes:
@@ -101,113 +116,115 @@ class _Screen:
     """
 
     def __init__(self, queries, rows):
-        self.count, dim = rows.shape
+        self.single, self.share, self.count = queries.single, queries.share, len(rows)
         mean = rows.mean(dim=0)
-        scale = torch.maximum(rows.amax(dim=0) - mean, mean - rows.amin(dim=0)) / 127
+        low, high = rows.aminmax(dim=0)
+        scale = torch.maximum(high - mean, mean - low) / 127
         scale[scale == 0] = 1.0  # a dimension in which all are equal
-        codes, residual, longest = [], [], []
+        codes, longest = [], []
         for part in rows.split(_ROWS_AT_ONCE):
             scaled = (part - mean).div_(scale)
             rounded = scaled.round().clamp_(-127, 127)
             codes.append(rounded.to(torch.int8))
-            residual.append(scaled.sub_(rounded).mul_(scale).norm(dim=1).amax())
-            longest.append(torch.stack([rounded.norm(dim=1).amax(), part.norm(dim=1).amax()]))
-        longest_code, longest_row = torch.stack(longest).amax(dim=0)
-        self.candidates = _padded(torch.cat(codes))  # (n', D')
+            residual = scaled.sub_(rounded).mul_(scale)
+            longest.append(torch.stack([x.norm(dim=1).amax() for x in (rounded, residual, part)]))
+        longest_code, longest_residual, longest_row = torch.stack(longest).amax(dim=0).double()
+        self._arrange(torch.cat(codes), (rows - mean) @ queries.direction.float())
 
-        scaled = queries * scale
-        self.step = scaled.abs().amax(dim=1) / 127  # t
-        self.step[self.step == 0] = 1.0
+        scaled = queries.across * scale
+        step = torch.maximum(scaled.abs().amax(dim=1) / 127, 1e-9 * queries.norm * scale.amax())
+        self.step = torch.where(step == 0, 1.0, step)  # t
         rounded = (scaled / self.step[:, None]).round()
-        self.queries = _padded(rounded.to(torch.int8))  # (Q', D')
-        self.centre = queries @ mean.to(queries)
-        norm = queries.norm(dim=1)
+        self.queries = F.pad(rounded.to(torch.int8), (0, -rounded.shape[1] % 8))  # (Q, D')
+        self.centre = queries.grid @ mean.to(queries.grid)
         # of sums of D products in float32, of the norms above, and of the grid that scores are defined on
-        self.slack = (4 * dim + 16) * 2**-24 * 1.001 * (longest_row + mean.norm()).double() * norm
-        left_out = (scaled - rounded * self.step[:, None]).norm(dim=1) * longest_code + norm * torch.stack(
-            residual
-        ).amax()
-        self.error = 1.001 * left_out + self.slack
+        rounding = (4 * rows.shape[1] + 16) * 2**-24 * (longest_row + mean.norm().double())
+        self.slack = 1.001 * rounding * queries.norm
+        unseen = (scaled - rounded * self.step[:, None]).norm(dim=1) * longest_code
+        self.error = 1.001 * (unseen + queries.across_norm * longest_residual) + self.slack
 
-    def lower_bounds(self, queries, rows, k):
-        """(Q,) float64: at least k of the candidates have such a score or a better one. `queries` (Q, D) and `rows`
-        (n, D) are float32, n a multiple of _GROUP."""
-        bounds = []
+    def _arrange(self, codes, along):
+        """Sort candidates by `along`, (n,) parts along the direction. Each block of L holds L / _GROUP groups of
+        neighbours; group g has the columns g, g + L / _GROUP, …, whose maximum is found quicker than side by side."""
+        length = max(_GROUP, _BLOCK_PRODUCTS[codes.device.type] // _BLOCK_QUERIES // _GROUP * _GROUP)
+        place = F.pad(along.argsort(), (0, -self.count % length), value=self.count)
+        self.place = place.view(-1, length // _GROUP, _GROUP).transpose(1, 2).reshape(-1, length)  # (blocks, L)
+        filled = self.place.clamp(max=self.count - 1)
+        # to the multiple of 8 columns that CUDA's product needs
+        self.codes = F.pad(codes, (0, -codes.shape[1] % 8))[filled]  # (blocks, L, D')
+        self.along = along[filled].view(len(filled), _GROUP, -1)  # (blocks, _GROUP, L / _GROUP)
+
+    def lower_bounds(self, rows, k):
+        """(Q,) float64: at least k of the candidates, (n, D) float32, have such a score or a better one."""
+        bounds, weight = [], (self.share / self.step).float()
         for part in self._parts_of_queries():
             best, places = [], []
-            for start, products in self._products(part):
-                maxima = _group_maxima(products)
-                value, group = maxima.topk(min(k, maxima.shape[1]), dim=1)
-                members = _by_group(products).gather(2, group[:, None].expand(-1, _GROUP, -1))
+            for place, products, along in self._products(part):
+                guess = products + weight[part, None, None] * along  # (q, _GROUP, L / _GROUP)
+                guess, member = guess.masked_fill(place == self.count, -torch.inf).max(dim=1)
+                value, group = guess.topk(min(k, guess.shape[1]), dim=1)
                 best.append(value)
-                places.append(start + members.argmax(dim=1) * maxima.shape[1] + group)
+                places.append(place[member.gather(1, group), group])
             # the best of k groups are k different candidates, and good ones
             chosen = torch.cat(best, dim=1).topk(k, dim=1).indices
             places = torch.cat(places, dim=1).gather(1, chosen)
-            scores = [(queries[part] * rows[place]).sum(dim=1) for place in places.T]
+            scores = [(self.single[part] * rows[place]).sum(dim=1) for place in places.T]
             bounds.append(torch.stack(scores).amin(dim=0) - self.slack[part])
         return torch.cat(bounds)
 
     def survivors(self, lower):
-        """`(queries, candidates)`, two (P,) tensors of indices: which pairs may score at least `lower` (Q,); and
-        (M,) the queries for which they are too many, which are not among these."""
-        # rounding of these few float64 numbers is far below 1, the unit of products
-        threshold = ((lower - self.centre - self.error) / self.step).floor() - 1
-        threshold = threshold.clamp(-(2**31), 2**31 - 1).to(torch.int32)[:, None]
+        """`(queries, candidates)`, (2, P) indices: which pairs may score at least `lower` (Q,); and (M,) the queries
+        for which they are too many, which are not among these."""
+        needed, weight = (lower - self.centre - self.error) / self.step, self.share / self.step
+        # in units of products: of float32 numbers, and of products as such, which are below 2^28
+        needed = needed - 2**-20 * (needed.abs() + weight.abs() * self.along.abs().amax()) - 16
+        needed, weight = needed.float()[:, None], weight.float()[:, None]
         pairs, crowded = [], []
         for part in self._parts_of_queries():
-            for start, products in self._products(part):
-                maxima = _group_maxima(products)
-                at, group = (maxima >= threshold[part]).nonzero(as_tuple=True)
+            for place, products, along in self._products(part):
+                most = torch.maximum(weight[part] * along.amax(dim=0), weight[part] * along.amin(dim=0))
+                # not ">=": what overflows to NaN is kept
+                at, group = (~(products.amax(dim=1) < needed[part] - most)).nonzero(as_tuple=True)
                 if len(at) == 0:
                     continue
-                full = torch.bincount(at, minlength=len(part)) > max(_GROUP, maxima.shape[1] // 2)
+                full = torch.bincount(at, minlength=len(part)) > max(_GROUP, along.shape[1] // 2)
                 crowded.append(part[full])
                 at, group = at[~full[at]], group[~full[at]]
-                members = _by_group(products)[at, :, group]  # (groups that remain, _GROUP)
-                pair, member = (members >= threshold[part[at]]).nonzero(as_tuple=True)
-                place = start + member * maxima.shape[1] + group[pair]
-                real = place < self.count  # codes are padded
-                pairs.append(torch.stack([part[at[pair]], place])[:, real])
-        crowded = torch.cat(crowded).unique() if crowded else self.step.new_empty(0, dtype=torch.int64)
-        pairs = torch.cat(pairs, dim=1) if pairs else crowded.new_empty(2, 0)
-        return pairs[:, ~torch.isin(pairs[0], crowded)], crowded
+                members = products[at, :, group]  # (groups that remain, _GROUP)
+                limit = needed[part[at]] - weight[part[at]] * along[:, group].T
+                pair, member = (~(members < limit)).nonzero(as_tuple=True)
+                pairs.append(torch.stack([part[at[pair]], place[member, group[pair]]]))
+        crowded = torch.cat(crowded).unique() if crowded else self.place.new_empty(0)
+        pairs = torch.cat(pairs, dim=1) if pairs else self.place.new_empty(2, 0)
+        return pairs[:, (pairs[1] < self.count) & ~torch.isin(pairs[0], crowded)], crowded
 
     def _parts_of_queries(self):
         return torch.arange(len(self.step), device=self.step.device).split(_BLOCK_QUERIES)
 
     def _products(self, part):
-        """Blocks of int32 products of some queries: the first candidate's place, and (queries, candidates)."""
+        """Of some queries, block by block: the candidates' places (`count` for none), int32 products (q, …) and parts
+        along the direction; by group, (_GROUP, L / _GROUP)."""
         ours = self.queries[part[0] : part[-1] + 1]
         ours = F.pad(ours, (0, 0, 0, max(0, 32 - len(ours))))  # CUDA's product takes 17 rows or more
-        length = max(_GROUP, _BLOCK_PRODUCTS[ours.device.type] // len(ours) // _GROUP * _GROUP)
-        for start in range(0, len(self.candidates), length):
-            yield start, torch._int_mm(ours, self.candidates[start : start + length].T)[: len(part)]
-
-
-def _padded(codes):
-    """With zeros, to a multiple of _GROUP rows and of the 8 columns that CUDA's product needs."""
-    return F.pad(codes, (0, -codes.shape[1] % 8, 0, -codes.shape[0] % _GROUP))
-
-
-def _by_group(products):
-    """(q, n) → (q, _GROUP, n / _GROUP): group g holds the columns g, g + n / _GROUP, …, whose maximum is found quicker
-    than that of neighbours."""
-    return products.view(len(products), _GROUP, -1)
-
-
-def _group_maxima(products):
-    return _by_group(products).amax(dim=1)
+        for place, codes, along in zip(self.place, self.codes, self.along):
+            products = torch._int_mm(ours, codes.T)[: len(part)]
+            yield place.view(along.shape), products.view(len(part), *along.shape), along
 
 
 class _Found:
     """What may belong to the k best of each query: `lower` (Q,) float64 bounds of the k-th best score from below, pairs
     not scored exactly yet, and the keys (Q, k) of those that are."""
 
-    def __init__(self, queries, single, candidates, k, lower):
-        self.queries, self.single, self.candidates, self.k, self.lower = queries, single, candidates, k, lower
-        self.seen = lower.new_full((len(queries), k), -torch.inf)  # bounds from below of the best scores so far
-        self.best = torch.full((len(queries), k), _NO_KEY, device=lower.device)
+    def __init__(self, queries, candidates, k, lower):
+        self.queries, self.single, self.candidates, self.k, self.lower = (
+            queries.grid,
+            queries.single,
+            candidates,
+            k,
+            lower,
+        )
+        self.seen = lower.new_full((len(lower), k), -torch.inf)  # bounds from below of the best scores so far
+        self.best = torch.full((len(lower), k), _NO_KEY, device=lower.device)
         self.pending, self.num_pending = [], 0
 
     def add(self, pairs, chunk, start, slack):
