@@ -4,19 +4,21 @@ A candidate x is left out for a query q by proof only:
 
 - What queries share is taken out: with d the direction of their mean, q = a·d + p. Embeddings of one modality lie in a
   cone, and most of what tells their scores apart may be d·x.
-- A chunk of the pool is centred at μ and scaled by s per dimension: x = μ + s∘X + r, X in int8 and r what rounding left
-  over. The query is rounded alike: p∘s = t·Y + e, Y in int8.
+- The pool is centred at μ and scaled by s per dimension: x = μ + s∘X + r, X in int8 and r what rounding and clipping
+  left over. The query is rounded alike: p∘s = t·Y + e, Y in int8.
 - So q·x = q·μ + a·d·(x − μ) + t·Y·X + e·X + p·r. Of these, the integer Y·X is all that is computed for every pair;
-  |e·X| ≤ |e| |X| and |p·r| ≤ |p| |r| bound the last two, with the largest |X| and |r| of the chunk. The candidates are
-  sorted by d·x, so that a group of them shares one bound.
+  |e·X| ≤ |e| |X| and |p·r| ≤ |p| |r| bound the last two. All this is compared for groups of candidates first, by the
+  largest Y·X, d·x, |X| and |r| of a group; sorting by d·x keeps groups alike.
 - x is left out if that upper bound lies below a lower bound of the query's k-th best score, which the candidates seen
   so far give. What remains is scored in float32 and compared again, and what then remains, little more than k, is
   scored as `exact_top_k` does.
 
-Every decision carries its certificate, so that the result is `exact_top_k`'s to the bit on any pool. Where too many
-candidates remain (thousands that are equal, one huge vector that takes the range of int8 from the others), the query is
-compared with the whole chunk exactly.
+Every decision carries its certificate, so that the result is `exact_top_k`'s to the bit on any pool. μ and s come from
+a sample and need not fit: they decide how many candidates remain. Where too many do (thousands of equal candidates),
+the query is compared with the whole chunk exactly.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +32,14 @@ _QUERIES_AT_ONCE = 4096  # for which the pool is read and quantised once
 _BLOCK_QUERIES = 512
 _BLOCK_PRODUCTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # integers held at once: those of a processor's cache
 _GROUP = 16  # products that are reduced to their maximum before anything is compared
-_PAIRS = 1 << 11  # (query, candidate) pairs scored at once
+_PAIRS = 1 << 9  # (query, candidate) pairs scored at once
 _MAX_PENDING = 1024  # pairs for each query, beyond 4 k, before they are scored exactly
-_ROWS_AT_ONCE = 1 << 11  # quantised while in the cache
+_ROWS_AT_ONCE = 1 << 9  # quantised while in the cache
 _NO_KEY = torch.iinfo(torch.int64).min
 _SAFE = (1e-12, 1e12)  # largest numbers of a chunk for which float32 neither overflows nor loses what bounds count on
 
 
-def screened_top_k(queries, candidates, k: int, *, chunk_size: int = 8192) -> tuple[torch.Tensor, torch.Tensor]:
+def screened_top_k(queries, candidates, k: int, *, chunk_size: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
     """What `exact_top_k` returns, to the bit; see there for the arguments, the result and the errors.
 
     Args:
@@ -62,14 +64,14 @@ def _search(queries, candidates, k, chunk_size, sample_size, first_query):
     sample = _sample(candidates, sample_size).to(device, torch.float32)
     if not queries.safe or not _is_safe(sample):
         return exact_top_k(queries.grid, candidates, k)
-    found = _Found(queries, candidates, k, _Screen(queries, sample).lower_bounds(sample, k))
+    screen = _Screen(queries, sample)
+    found = _Found(queries, candidates, k, screen.lower_bounds(sample, k))
     for start in range(0, candidates.shape[0], chunk_size):
         raw = as_tensor(candidates[start : start + chunk_size]).to(device)
         chunk, crowded = raw.to(torch.float32), everyone
         if _is_safe(chunk):
-            screen = _Screen(queries, chunk)
-            pairs, crowded = screen.survivors(found.lower)
-            found.add(pairs, chunk, start, screen.slack)
+            pairs, crowded, slack = screen.survivors(chunk, found.lower)
+            found.add(pairs, chunk, start, slack)
         if len(crowded):
             found.add_all(crowded, on_grid(raw, "candidates", start), start)
     return found.result()
@@ -103,112 +105,126 @@ class _Queries:
 
 
 class _Screen:
-    """
-    Queries and some candidates in int8, and what that leaves out.
+    """`_Queries` in int8, and candidates as they come, on the scale of a (S, D) float32 `sample` of them."""
 
-    Args:
-        queries: `_Queries`.
-        rows: (n, D) float32 candidates.
-
-    Attributes:
-        error: (Q,) float64, how far a score may be from what its product says.
-        slack: (Q,) float64, how far a score may be from its float32 product.
-    """
-
-    def __init__(self, queries, rows):
-        self.single, self.share, self.count = queries.single, queries.share, len(rows)
-        mean = rows.mean(dim=0)
-        low, high = rows.aminmax(dim=0)
-        scale = torch.maximum(high - mean, mean - low) / 127
-        scale[scale == 0] = 1.0  # a dimension in which all are equal
-        codes, longest = [], []
-        for part in rows.split(_ROWS_AT_ONCE):
-            scaled = (part - mean).div_(scale)
-            rounded = scaled.round().clamp_(-127, 127)
-            codes.append(rounded.to(torch.int8))
-            residual = scaled.sub_(rounded).mul_(scale)
-            longest.append(torch.stack([x.norm(dim=1).amax() for x in (rounded, residual, part)]))
-        longest_code, longest_residual, longest_row = torch.stack(longest).amax(dim=0).double()
-        self._arrange(torch.cat(codes), (rows - mean) @ queries.direction.float())
-
-        scaled = queries.across * scale
-        step = torch.maximum(scaled.abs().amax(dim=1) / 127, 1e-9 * queries.norm * scale.amax())
+    def __init__(self, queries, sample):
+        self.single, self.norm, self.direction = queries.single, queries.norm, queries.direction.float()
+        self.mean = sample.mean(dim=0)
+        low, high = sample.aminmax(dim=0)
+        scale = torch.maximum(high - self.mean, self.mean - low) / 127
+        # dimensions that hardly vary in the sample may do so elsewhere
+        self.scale = scale.clamp(min=scale.mean() / 1000) if scale.any() else torch.ones_like(scale)
+        scaled = queries.across * self.scale
+        step = torch.maximum(scaled.abs().amax(dim=1) / 127, 1e-9 * queries.norm * self.scale.amax())
         self.step = torch.where(step == 0, 1.0, step)  # t
         rounded = (scaled / self.step[:, None]).round()
-        self.queries = F.pad(rounded.to(torch.int8), (0, -rounded.shape[1] % 8))  # (Q, D')
-        self.centre = queries.grid @ mean.to(queries.grid)
-        # of sums of D products in float32, of the norms above, and of the grid that scores are defined on
-        rounding = (4 * rows.shape[1] + 16) * 2**-24 * (longest_row + mean.norm().double())
-        self.slack = 1.001 * rounding * queries.norm
-        unseen = (scaled - rounded * self.step[:, None]).norm(dim=1) * longest_code
-        self.error = 1.001 * (unseen + queries.across_norm * longest_residual) + self.slack
+        self.codes = F.pad(rounded.to(torch.int8), (0, -rounded.shape[1] % 8))  # (Q, D'), as CUDA's product needs it
+        self.centre = queries.grid @ self.mean.to(queries.grid)
+        # in units of products: what |X|, |r|, the largest and the smallest d·x of a group add to a score at most
+        unseen = 1.001 * (scaled - rounded * self.step[:, None]).norm(dim=1)
+        parts = [unseen, 1.001 * queries.across_norm, queries.share.clamp(min=0), queries.share.clamp(max=0)]
+        self.weights = (torch.stack(parts, dim=1) / self.step[:, None]).float()  # (Q, 4)
+        self.weight = (queries.share / self.step).float()
 
-    def _arrange(self, codes, along):
-        """Sort candidates by `along`, (n,) parts along the direction. Each block of L holds L / _GROUP groups of
-        neighbours; group g has the columns g, g + L / _GROUP, …, whose maximum is found quicker than side by side."""
-        length = max(_GROUP, _BLOCK_PRODUCTS[codes.device.type] // _BLOCK_QUERIES // _GROUP * _GROUP)
-        place = F.pad(along.argsort(), (0, -self.count % length), value=self.count)
-        self.place = place.view(-1, length // _GROUP, _GROUP).transpose(1, 2).reshape(-1, length)  # (blocks, L)
-        filled = self.place.clamp(max=self.count - 1)
-        # to the multiple of 8 columns that CUDA's product needs
-        self.codes = F.pad(codes, (0, -codes.shape[1] % 8))[filled]  # (blocks, L, D')
-        self.along = along[filled].view(len(filled), _GROUP, -1)  # (blocks, _GROUP, L / _GROUP)
-
-    def lower_bounds(self, rows, k):
+    def lower_bounds(self, sample, k):
         """(Q,) float64: at least k of the candidates, (n, D) float32, have such a score or a better one."""
-        bounds, weight = [], (self.share / self.step).float()
+        blocks, slack = self._quantise(sample)
+        bounds = []
         for part in self._parts_of_queries():
             best, places = [], []
-            for place, products, along in self._products(part):
-                guess = products + weight[part, None, None] * along  # (q, _GROUP, L / _GROUP)
-                guess, member = guess.masked_fill(place == self.count, -torch.inf).max(dim=1)
+            for block in blocks:
+                guess = self._products(part, block) + self.weight[part, None, None] * block.along
+                guess, member = guess.masked_fill(block.place == len(sample), -torch.inf).max(dim=1)
                 value, group = guess.topk(min(k, guess.shape[1]), dim=1)
                 best.append(value)
-                places.append(place[member.gather(1, group), group])
+                places.append(block.place[member.gather(1, group), group])
             # the best of k groups are k different candidates, and good ones
             chosen = torch.cat(best, dim=1).topk(k, dim=1).indices
             places = torch.cat(places, dim=1).gather(1, chosen)
-            scores = [(self.single[part] * rows[place]).sum(dim=1) for place in places.T]
-            bounds.append(torch.stack(scores).amin(dim=0) - self.slack[part])
+            scores = [(self.single[part] * sample[place]).sum(dim=1) for place in places.T]
+            bounds.append(torch.stack(scores).amin(dim=0) - slack[part])
         return torch.cat(bounds)
 
-    def survivors(self, lower):
-        """`(queries, candidates)`, (2, P) indices: which pairs may score at least `lower` (Q,); and (M,) the queries
-        for which they are too many, which are not among these."""
-        needed, weight = (lower - self.centre - self.error) / self.step, self.share / self.step
-        # in units of products: of float32 numbers, and of products as such, which are below 2^28
-        needed = needed - 2**-20 * (needed.abs() + weight.abs() * self.along.abs().amax()) - 16
-        needed, weight = needed.float()[:, None], weight.float()[:, None]
+    def survivors(self, chunk, lower):
+        """
+        Which of the candidates (n, D) float32 may score at least `lower` (Q,).
+
+        Returns:
+            (2, P) indices of queries and candidates; (M,) queries for which they are too many, which are not among
+            them; and (Q,) float64, how far a score may be from its float32 product.
+        """
+        blocks, slack = self._quantise(chunk)
+        needed = ((lower - self.centre - slack) / self.step).float()[:, None]
         pairs, crowded = [], []
         for part in self._parts_of_queries():
-            for place, products, along in self._products(part):
-                most = torch.maximum(weight[part] * along.amax(dim=0), weight[part] * along.amin(dim=0))
+            weights, weight = self.weights[part], self.weight[part]
+            for block in blocks:
+                products = self._products(part, block)  # (q, _GROUP, groups)
+                # of float32 numbers, and of products as such, which are below 2^28
+                size = needed[part].abs() + weights.abs() @ block.bounds.abs().amax(dim=1, keepdim=True)
+                least = needed[part] - 2**-20 * size - 16
+                limit = torch.addmm(least, weights, block.bounds, alpha=-1)  # (q, groups)
                 # not ">=": what overflows to NaN is kept
-                at, group = (~(products.amax(dim=1) < needed[part] - most)).nonzero(as_tuple=True)
+                at, group = (~(products.amax(dim=1) < limit)).nonzero(as_tuple=True)
                 if len(at) == 0:
                     continue
-                full = torch.bincount(at, minlength=len(part)) > max(_GROUP, along.shape[1] // 2)
+                full = torch.bincount(at, minlength=len(part)) > max(_GROUP, limit.shape[1] // 2)
                 crowded.append(part[full])
                 at, group = at[~full[at]], group[~full[at]]
-                members = products[at, :, group]  # (groups that remain, _GROUP)
-                limit = needed[part[at]] - weight[part[at]] * along[:, group].T
-                pair, member = (~(members < limit)).nonzero(as_tuple=True)
-                pairs.append(torch.stack([part[at[pair]], place[member, group[pair]]]))
-        crowded = torch.cat(crowded).unique() if crowded else self.place.new_empty(0)
-        pairs = torch.cat(pairs, dim=1) if pairs else self.place.new_empty(2, 0)
-        return pairs[:, (pairs[1] < self.count) & ~torch.isin(pairs[0], crowded)], crowded
+                lengths = (weights[at, :2] * block.bounds[:2, group].T).sum(dim=1)
+                limit = (least[at, 0] - lengths)[:, None] - weight[at, None] * block.along[:, group].T
+                pair, member = (~(products[at, :, group] < limit)).nonzero(as_tuple=True)
+                pairs.append(torch.stack([part[at[pair]], block.place[member, group[pair]]]))
+        crowded = torch.cat(crowded).unique() if crowded else chunk.new_empty(0, dtype=torch.int64)
+        pairs = torch.cat(pairs, dim=1) if pairs else crowded.new_empty(2, 0)
+        return pairs[:, (pairs[1] < len(chunk)) & ~torch.isin(pairs[0], crowded)], crowded, slack
+
+    def _quantise(self, rows):
+        """`_Block`s of float32 rows, sorted by d·x, and (Q,) how far a score may be from its float32 product."""
+        codes, lengths, longest = [], [], []
+        for part in rows.split(_ROWS_AT_ONCE):
+            scaled = (part - self.mean).div_(self.scale)
+            rounded = scaled.round().clamp_(-127, 127)
+            codes.append(rounded.to(torch.int8))
+            lengths.append(torch.stack([rounded.norm(dim=1), scaled.sub_(rounded).mul_(self.scale).norm(dim=1)]))
+            longest.append(part.norm(dim=1).amax())
+        # of sums of D products in float32, of the norms above, and of the grid that scores are defined on
+        longest = torch.stack(longest).amax() + self.mean.norm()
+        slack = 1.001 * (4 * rows.shape[1] + 16) * 2**-24 * longest.double() * self.norm
+
+        along = rows @ self.direction - self.mean @ self.direction
+        codes, lengths = torch.cat(codes), torch.cat(lengths, dim=1)
+        codes = F.pad(codes, (0, self.codes.shape[1] - codes.shape[1]))
+        length = max(_GROUP, _BLOCK_PRODUCTS[rows.device.type] // _BLOCK_QUERIES // _GROUP * _GROUP)
+        order = F.pad(along.argsort(), (0, -len(rows) % length), value=len(rows))
+        blocks = []
+        for place in order.split(length):
+            # groups of neighbours lie in columns g, g + length / _GROUP, …: their maximum is found quicker that way
+            place = place.view(-1, _GROUP).T.contiguous()  # (_GROUP, groups)
+            filled = place.clamp(max=len(rows) - 1)
+            bounds = torch.cat(
+                [lengths[:, filled].amax(dim=1), along[filled].amax(0)[None], along[filled].amin(0)[None]]
+            )
+            blocks.append(_Block(place, codes.index_select(0, filled.view(-1)), along[filled], bounds))
+        return blocks, slack
 
     def _parts_of_queries(self):
         return torch.arange(len(self.step), device=self.step.device).split(_BLOCK_QUERIES)
 
-    def _products(self, part):
-        """Of some queries, block by block: the candidates' places (`count` for none), int32 products (q, …) and parts
-        along the direction; by group, (_GROUP, L / _GROUP)."""
-        ours = self.queries[part[0] : part[-1] + 1]
+    def _products(self, part, block):
+        """(q, _GROUP, groups) int32: Y·X of some queries."""
+        ours = self.codes[part[0] : part[-1] + 1]
         ours = F.pad(ours, (0, 0, 0, max(0, 32 - len(ours))))  # CUDA's product takes 17 rows or more
-        for place, codes, along in zip(self.place, self.codes, self.along):
-            products = torch._int_mm(ours, codes.T)[: len(part)]
-            yield place.view(along.shape), products.view(len(part), *along.shape), along
+        return torch._int_mm(ours, block.codes.T)[: len(part)].view(len(part), *block.place.shape)
+
+
+class _Block(NamedTuple):
+    """Candidates in int8, by group."""
+
+    place: torch.Tensor  # (_GROUP, groups) int64, in the chunk; its length where there is none
+    codes: torch.Tensor  # (_GROUP * groups, D') int8, X
+    along: torch.Tensor  # (_GROUP, groups) float32, d·(x − μ)
+    bounds: torch.Tensor  # (4, groups) float32: the largest |X|, |r| and d·(x − μ), and the smallest d·(x − μ)
 
 
 class _Found:
@@ -231,7 +247,7 @@ class _Found:
         """(2, P) queries and rows of the float32 chunk that begins at `start`; `slack` as of `_Screen`."""
         scored = []
         for at, row in pairs.split(_PAIRS, dim=1):
-            score = (self.single[at] * chunk[row]).sum(dim=1).double()
+            score = (self.single.index_select(0, at) * chunk.index_select(0, row)).sum(dim=1).double()
             upper, lower = score + slack[at], score - slack[at]
             kept = upper >= self.lower[at]
             scored.append((at[kept], start + row[kept], upper[kept], lower[kept]))
