@@ -34,7 +34,7 @@ _BLOCK_PRODUCTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # integers held at once: th
 _GROUP = 16  # products that are reduced to their maximum before anything is compared
 _PAIRS = 1 << 9  # (query, candidate) pairs scored at once
 _MAX_PENDING = 1024  # pairs for each query, beyond 4 k, before they are scored exactly
-_ROWS_AT_ONCE = 1 << 9  # quantised while in the cache
+_ROWS_AT_ONCE = 1 << 9
 _NO_KEY = torch.iinfo(torch.int64).min
 _SAFE = (1e-12, 1e12)  # largest numbers of a chunk for which float32 neither overflows nor loses what bounds count on
 
@@ -62,18 +62,21 @@ def _search(queries, candidates, k, chunk_size, sample_size, first_query):
     queries = _Queries(on_grid(queries, "queries", first_query))
     device, everyone = queries.grid.device, torch.arange(len(queries.grid), device=queries.grid.device)
     sample = _sample(candidates, sample_size).to(device, torch.float32)
-    if not queries.safe or not _is_safe(sample):
+    if not queries.safe or not sample.isfinite().all():
         return exact_top_k(queries.grid, candidates, k)
     screen = _Screen(queries, sample)
-    found = _Found(queries, candidates, k, screen.lower_bounds(sample, k))
+    lower = screen.lower_bounds(sample, k)
+    if lower is None:
+        return exact_top_k(queries.grid, candidates, k)
+    found = _Found(queries, candidates, k, lower)
     for start in range(0, candidates.shape[0], chunk_size):
-        raw = as_tensor(candidates[start : start + chunk_size]).to(device)
-        chunk, crowded = raw.to(torch.float32), everyone
-        if _is_safe(chunk):
-            pairs, crowded, slack = screen.survivors(chunk, found.lower)
+        chunk, crowded = as_tensor(candidates[start : start + chunk_size]).to(device), everyone
+        blocks, slack = screen.quantise(chunk)
+        if blocks is not None:
+            pairs, crowded = screen.survivors(blocks, slack, len(chunk), found.lower)
             found.add(pairs, chunk, start, slack)
         if len(crowded):
-            found.add_all(crowded, on_grid(raw, "candidates", start), start)
+            found.add_all(crowded, on_grid(chunk, "candidates", start), start)
     return found.result()
 
 
@@ -85,10 +88,9 @@ def _sample(candidates, size):
     return torch.cat([as_tensor(candidates[start : start + length]) for start in starts])
 
 
-def _is_safe(chunk):
-    low, high = chunk.aminmax()
-    largest = torch.maximum(-low, high)  # NaN fails all comparisons
-    return bool((largest == 0) | ((largest >= _SAFE[0]) & (largest <= _SAFE[1])))
+def _is_safe(numbers):
+    """Whether the largest of them is, for each row; NaN fails all comparisons."""
+    return (numbers >= _SAFE[0]) & (numbers <= _SAFE[1])
 
 
 class _Queries:
@@ -97,7 +99,7 @@ class _Queries:
     def __init__(self, grid):
         self.grid, self.single = grid, grid.to(torch.float32)
         largest = grid.abs().amax(dim=1)
-        self.safe = bool(((largest == 0) | ((largest >= _SAFE[0]) & (largest <= _SAFE[1]))).all())
+        self.safe = bool(((largest == 0) | _is_safe(largest)).all())
         self.direction = F.normalize(grid.mean(dim=0), dim=0)  # (D,)
         self.share = grid @ self.direction  # (Q,)
         self.across = grid - self.share[:, None] * self.direction
@@ -114,6 +116,7 @@ class _Screen:
         scale = torch.maximum(high - self.mean, self.mean - low) / 127
         # dimensions that hardly vary in the sample may do so elsewhere
         self.scale = scale.clamp(min=scale.mean() / 1000) if scale.any() else torch.ones_like(scale)
+        self.inverse, self.offset = 1 / self.scale, -self.mean / self.scale
         scaled = queries.across * self.scale
         step = torch.maximum(scaled.abs().amax(dim=1) / 127, 1e-9 * queries.norm * self.scale.amax())
         self.step = torch.where(step == 0, 1.0, step)  # t
@@ -127,8 +130,11 @@ class _Screen:
         self.weight = (queries.share / self.step).float()
 
     def lower_bounds(self, sample, k):
-        """(Q,) float64: at least k of the candidates, (n, D) float32, have such a score or a better one."""
-        blocks, slack = self._quantise(sample)
+        """(Q,) float64: at least k of the candidates, (n, D) float32, have such a score or a better one. None where
+        `quantise` finds none."""
+        blocks, slack = self.quantise(sample)
+        if blocks is None:
+            return None
         bounds = []
         for part in self._parts_of_queries():
             best, places = [], []
@@ -145,15 +151,14 @@ class _Screen:
             bounds.append(torch.stack(scores).amin(dim=0) - slack[part])
         return torch.cat(bounds)
 
-    def survivors(self, chunk, lower):
+    def survivors(self, blocks, slack, count, lower):
         """
-        Which of the candidates (n, D) float32 may score at least `lower` (Q,).
+        Which candidates, `count` in `blocks`, may score at least `lower` (Q,).
 
         Returns:
-            (2, P) indices of queries and candidates; (M,) queries for which they are too many, which are not among
-            them; and (Q,) float64, how far a score may be from its float32 product.
+            (2, P) indices of queries and candidates; and (M,) queries for which they are too many, which are not among
+            them.
         """
-        blocks, slack = self._quantise(chunk)
         needed = ((lower - self.centre - slack) / self.step).float()[:, None]
         pairs, crowded = [], []
         for part in self._parts_of_queries():
@@ -175,26 +180,36 @@ class _Screen:
                 limit = (least[at, 0] - lengths)[:, None] - weight[at, None] * block.along[:, group].T
                 pair, member = (~(products[at, :, group] < limit)).nonzero(as_tuple=True)
                 pairs.append(torch.stack([part[at[pair]], block.place[member, group[pair]]]))
-        crowded = torch.cat(crowded).unique() if crowded else chunk.new_empty(0, dtype=torch.int64)
+        crowded = torch.cat(crowded).unique() if crowded else torch.empty(0, dtype=torch.int64, device=lower.device)
         pairs = torch.cat(pairs, dim=1) if pairs else crowded.new_empty(2, 0)
-        return pairs[:, (pairs[1] < len(chunk)) & ~torch.isin(pairs[0], crowded)], crowded, slack
+        return pairs[:, (pairs[1] < count) & ~torch.isin(pairs[0], crowded)], crowded
 
-    def _quantise(self, rows):
-        """`_Block`s of float32 rows, sorted by d·x, and (Q,) how far a score may be from its float32 product."""
-        codes, lengths, longest = [], [], []
-        for part in rows.split(_ROWS_AT_ONCE):
-            scaled = (part - self.mean).div_(self.scale)
+    def quantise(self, rows):
+        """
+        Candidates (n, D) in int8.
+
+        Returns:
+            `_Block`s, sorted by d·x; and (Q,) float64, how far a score may be from its float32 product. None for both
+            where the numbers are none, too large or too small for such a bound.
+        """
+        codes, lengths, along = [], [], []
+        for part in rows.split(_ROWS_AT_ONCE):  # small enough to stay in the cache
+            part = part.to(torch.float32)
+            scaled = torch.addcmul(self.offset, part, self.inverse)
             rounded = scaled.round().clamp_(-127, 127)
             codes.append(rounded.to(torch.int8))
-            lengths.append(torch.stack([rounded.norm(dim=1), scaled.sub_(rounded).mul_(self.scale).norm(dim=1)]))
-            longest.append(part.norm(dim=1).amax())
-        # of sums of D products in float32, of the norms above, and of the grid that scores are defined on
-        longest = torch.stack(longest).amax() + self.mean.norm()
-        slack = 1.001 * (4 * rows.shape[1] + 16) * 2**-24 * longest.double() * self.norm
-
-        along = rows @ self.direction - self.mean @ self.direction
-        codes, lengths = torch.cat(codes), torch.cat(lengths, dim=1)
-        codes = F.pad(codes, (0, self.codes.shape[1] - codes.shape[1]))
+            residual = scaled.sub_(rounded).mul_(self.scale)
+            lengths.append(torch.stack([x.norm(dim=1) for x in (rounded, residual, part)]))
+            along.append(part @ self.direction)
+        lengths = torch.cat(lengths, dim=1)  # of X, r and x
+        longest = lengths[2].amax()
+        if not _is_safe(longest):
+            return None, None
+        # of sums of D products in float32, of the numbers above, and of the grid that scores are defined on
+        slack = 1.001 * (4 * rows.shape[1] + 32) * 2**-24 * (longest + self.mean.norm()).double() * self.norm
+        along, codes = torch.cat(along) - self.mean @ self.direction, torch.cat(codes)
+        if codes.shape[1] < self.codes.shape[1]:
+            codes = F.pad(codes, (0, self.codes.shape[1] - codes.shape[1]))
         length = max(_GROUP, _BLOCK_PRODUCTS[rows.device.type] // _BLOCK_QUERIES // _GROUP * _GROUP)
         order = F.pad(along.argsort(), (0, -len(rows) % length), value=len(rows))
         blocks = []
@@ -203,7 +218,7 @@ class _Screen:
             place = place.view(-1, _GROUP).T.contiguous()  # (_GROUP, groups)
             filled = place.clamp(max=len(rows) - 1)
             bounds = torch.cat(
-                [lengths[:, filled].amax(dim=1), along[filled].amax(0)[None], along[filled].amin(0)[None]]
+                [lengths[:2, filled].amax(dim=1), along[filled].amax(0)[None], along[filled].amin(0)[None]]
             )
             blocks.append(_Block(place, codes.index_select(0, filled.view(-1)), along[filled], bounds))
         return blocks, slack
@@ -244,10 +259,10 @@ class _Found:
         self.pending, self.num_pending = [], 0
 
     def add(self, pairs, chunk, start, slack):
-        """(2, P) queries and rows of the float32 chunk that begins at `start`; `slack` as of `_Screen`."""
+        """(2, P) queries and rows of the chunk that begins at `start`; `slack` as of `_Screen`."""
         scored = []
         for at, row in pairs.split(_PAIRS, dim=1):
-            score = (self.single.index_select(0, at) * chunk.index_select(0, row)).sum(dim=1).double()
+            score = (self.single.index_select(0, at) * chunk.index_select(0, row).float()).sum(dim=1).double()
             upper, lower = score + slack[at], score - slack[at]
             kept = upper >= self.lower[at]
             scored.append((at[kept], start + row[kept], upper[kept], lower[kept]))
