@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
+OLDEST := build/oldest
+SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 TOWERS := build/minilm-efficientnet-lite0-96
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart install test lint bench clean
+.PHONY: help quickstart install test test-oldest lint bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -29,6 +31,20 @@ quickstart: $(VENV)/installed $(TOWERS)/model.safetensors  ## train, evaluate an
 
 test: $(VENV)/installed  ## run the whole test suite, without network and GPU
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not slow"
+
+test-oldest: $(OLDEST)/installed  ## test models, checkpoints and a short training on the oldest transformers supported
+	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q -m "not gpu and not slow" \
+		tests/modeling_gcl tests/publishing/test_hub_folder.py tests/publishing/test_towers.py \
+		tests/training/test_trainer.py tests/training/test_arguments.py tests/test_train.py \
+		--ignore-glob "*/test_*loss_gcl.py" --ignore-glob "*/test_t*_gcl.py"
+
+# sees the packages of .venv behind its own, so that torch is not installed twice
+$(OLDEST)/installed: constraints-oldest.txt | $(VENV)/installed
+	$(BIN)/python -m venv --clear --without-pip $(OLDEST)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_PACKAGES))')" > \
+		"$$($(OLDEST)/bin/python $(SITE_PACKAGES))/first.pth"
+	$(BIN)/pip --python $(OLDEST)/bin/python install --quiet -r constraints-oldest.txt
+	touch $@
 
 lint: $(VENV)/installed  ## check style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -58,6 +58,41 @@ def convert_centring_command(
     typer.echo(out)
 
 
+@convert.command("open-clip")
+def convert_open_clip_command(
+    file: Annotated[Path, typer.Argument(help="State dict of open_clip or TinyCLIP: .pt, .pth, .bin, .safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="Folder or Hub id of CLIP's tokenizer.")
+    ] = "openai/clip-vit-base-patch32",
+    config: Annotated[Path | None, typer.Option(help="The model's open_clip_config.json.")] = None,
+    quick_gelu: Annotated[
+        bool | None, typer.Option("--quick-gelu/--gelu", help="Activation, where no config tells it.")
+    ] = None,
+):
+    """An open_clip or TinyCLIP checkpoint as a folder of transformers' CLIPModel."""
+    from publishing.open_clip import convert_open_clip
+
+    converted = convert_open_clip(file, out, tokenizer=tokenizer, config=config, quick_gelu=quick_gelu)
+    for note in converted.notes:
+        typer.echo(note)
+    typer.echo(converted.folder)
+
+
+@convert.command("vista")
+def convert_vista_command(
+    file: Annotated[Path, typer.Argument(help="Visualized_base_en_v1.5.pth, Visualized_m3.pth, or one trained so.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id; by default BAAI/bge-base-en-v1.5 or BAAI/bge-m3, by variant.")
+    ] = None,
+):
+    """VISTA's (Visualized BGE's) own checkpoint as a GCL folder."""
+    from publishing.vista import convert_vista
+
+    typer.echo(convert_vista(file, out, tokenizer=tokenizer))
+
+
 @evaluate.command("pairs")
 def evaluate_pairs_command(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")],
@@ -71,6 +106,9 @@ def evaluate_pairs_command(
     centring: Annotated[bool, typer.Option("--centring", help="GR-CLIP: subtract the checkpoint's own means.")] = False,
     centre_on: Annotated[
         str | None, typer.Option(help="GR-CLIP: subtract the modality means of these pairs (never the test pairs).")
+    ] = None,
+    truncate_dim: Annotated[
+        int | None, typer.Option(help="Cut embeddings to so many dimensions, as matryoshka_dims trains for.")
     ] = None,
 ):
     """Nine-way retrieval, mixed-modality search and modality gap on image-caption pairs."""
@@ -96,14 +134,17 @@ def evaluate_pairs_command(
         estimate_modality_means(encoder, processor, load_pairs(SourceArguments(centre_on)), **options)
         encoder.config.centring = True
     pairs = load_pairs(SourceArguments(data, split=split, limit=limit))
-    embeddings = embed_pairs(encoder, processor, pairs, **options)
+    trained = encoder.config.matryoshka_dims or [encoder.config.projection_dim]
+    if truncate_dim is not None and truncate_dim not in trained:
+        typer.echo(f"warning: {model} was trained for {trained} dimensions, not to be cut to {truncate_dim}", err=True)
+    embeddings = embed_pairs(encoder, processor, pairs, truncate_dim=truncate_dim, **options)
     result = evaluate_embeddings(embeddings, seed=seed)
     typer.echo(nine_way_table(result))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         settings = {"model": model, "data": data, "split": split, "limit": limit, "fusion": encoder.config.fusion}
         settings |= {"centring": encoder.config.centring, "centre_on": centre_on, "seed": seed}
-        settings |= {"environment": collect_environment()}
+        settings |= {"truncate_dim": truncate_dim, "environment": collect_environment()}
         write_json(out / "results.json", {"command": "gcl evaluate pairs", **settings, "after": result})
         embeddings.save(out / "embeddings.safetensors")
         nine_way_heatmap(result, None, out / "nine_way.png")

@@ -29,7 +29,8 @@ from training.sources import read_source
 from training.trainer import GCLTrainer, headline_metrics
 
 CARD_ARGUMENTS = (
-    "loss", "denominator", "intra_modality", "direction_weights", "num_train_epochs", "per_device_train_batch_size",
+    "loss", "denominator", "intra_modality", "direction_weights", "matryoshka_dims", "matryoshka_weights",
+    "num_train_epochs", "per_device_train_batch_size",
     "world_size", "gradient_accumulation_steps", "grad_cache_chunk", "effective_batch_size",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16",
 )  # fmt: skip
@@ -193,6 +194,7 @@ def write_results(folder, recipe, trainer, train_reports, eval_report, before, a
         train_runtime=runtime,
         parameters={"total": total["parameters"], "trainable": total["trained"]},
         embedding_dim=trainer.model.config.projection_dim,
+        matryoshka_dims=trainer.model.config.matryoshka_dims or [],
         seed=arguments.seed,
         eval_data=data_source(recipe.data.eval, eval_report) if eval_report else None,
         results_before=results["before"],

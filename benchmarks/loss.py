@@ -68,6 +68,28 @@ def tiles_bf16_all_kept(embeds):
     return _backward(gcl_loss(*embeds, SCALE, bf16=True, cache_bytes=10 * len(embeds[0]) ** 2))
 
 
+def halves(embeds):
+    """512, 256, 128 and 64 of 512 dimensions."""
+    return [embeds[0].shape[1] // 2**k for k in range(4)]
+
+
+def cut(embeds, d):
+    return [x if d == x.shape[1] else F.normalize(x[:, :d], dim=-1) for x in embeds]
+
+
+def matryoshka(embeds):
+    """All four in one pass of the tiles (where `tiles` runs on kernels, in four)."""
+    return _backward(gcl_loss(*embeds, SCALE, matryoshka_dims=halves(embeds)))
+
+
+def matryoshka_separate_passes(embeds):
+    """As sentence-transformers' MatryoshkaLoss does it: the loss once for each, of embeddings cut by autograd."""
+    total = 0
+    for d in halves(embeds):
+        total += _backward(gcl_loss(*cut(embeds, d), SCALE) / 4)
+    return total
+
+
 def autograd(embeds):
     """The best one line: SupCon's L_out with one log-sum-exp per row and the positives apart."""
     z = torch.cat(embeds)
@@ -187,6 +209,10 @@ def definition_of_gcl(embeds):
     return -sum(log_p[a, :, b].diagonal().mean() for a in range(3) for b in range(3) if a != b) / 6
 
 
+def definition_of_matryoshka(embeds):
+    return sum(definition_of_gcl(cut(embeds, d)) for d in halves(embeds)) / 4
+
+
 def definition_of_three_times_cl(embeds):
     labels = torch.arange(len(embeds[0]), device=embeds[0].device)
     return (
@@ -201,6 +227,8 @@ VARIANTS = {
     tiles_bf16: (definition_of_gcl, 1e-2, {"cpu": 32768}),
     tiles_bf16_cache: (definition_of_gcl, 1e-2, {"cpu": 16384}),
     tiles_bf16_all_kept: (definition_of_gcl, 1e-2, {"cpu": 8192}),
+    matryoshka: (definition_of_matryoshka, 1e-5, {"cpu": 16384, "cuda": 131072}),
+    matryoshka_separate_passes: (definition_of_matryoshka, 1e-5, {"cpu": 16384, "cuda": 131072}),
     autograd: (definition_of_gcl, 1e-5, {"cpu": 8192, "cuda": 16384}),
     checkpointed_strips: (definition_of_gcl, 1e-5, {"cpu": 8192, "cuda": 131072}),
     open_clip_three_times: (definition_of_three_times_cl, 1e-5, {"cpu": 16384, "cuda": 32768}),
@@ -218,7 +246,7 @@ NEEDS = {
     memeff_three_times: "memeff",
     inf_cl_three_times: "inf_cl",
 }
-REFERENCES = ("tiles", "tiles_bf16", "tiles_bf16_cache", "tiles_bf16_all_kept")
+REFERENCES = ("tiles", "tiles_bf16", "tiles_bf16_cache", "tiles_bf16_all_kept", "matryoshka_separate_passes")
 
 
 def make_embeds(num_pairs, dim, device="cpu"):

@@ -41,12 +41,15 @@ HEADLINE = ("t→i", "i→t", "t→it", "it→t", "t→t")
 KS = (1, 5, 10)
 
 
-def embed_pairs(model, processor, pairs, *, batch_size: int = 64, show_progress: bool = False) -> PairEmbeddings:
+def embed_pairs(
+    model, processor, pairs, *, batch_size: int = 64, show_progress: bool = False, truncate_dim: int | None = None
+) -> PairEmbeddings:
     """Embed all queries and candidates of the pairs, in one call of `model.encode`.
 
     Args:
         model: has `encode(rows, processor=…, batch_size=…, show_progress=…)` → (rows, D) unit-norm tensor or array.
         pairs: sequence of `{"id", "image", "captions"}`.
+        truncate_dim: cut the embeddings to so many dimensions (Matryoshka), by `model.encode(…, truncate_dim=…)`.
 
     Raises:
         ValueError: no pairs, an id twice, a pair without an image, captions that are missing, empty or not strings,
@@ -79,8 +82,11 @@ def embed_pairs(model, processor, pairs, *, batch_size: int = 64, show_progress:
         "it": [row_of(pair, roles.fused_candidate, True) for pair in everyone],
     }
     owners = {"i": list(everyone), "t": [pair for pair, _ in candidates_t], "it": list(everyone)}
+    options = {"batch_size": batch_size, "show_progress": show_progress}
+    if truncate_dim is not None:
+        options["truncate_dim"] = truncate_dim
     try:
-        embeds = model.encode(rows, processor=processor, batch_size=batch_size, show_progress=show_progress)
+        embeds = model.encode(rows, processor=processor, **options)
     except ValueError as error:
         hint = f"rows 0 to {len(ids) - 1} are the images of the pairs, in their order"
         raise ValueError(f"the pairs could not be embedded ({hint}): {error}") from error

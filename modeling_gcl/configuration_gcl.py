@@ -33,10 +33,13 @@ class GCLConfig(PreTrainedConfig):
             1/τ at the start, e.g. 100. Defaults to the backbone's own pretrained scale where it has one, else 1/0.07.
         max_logit_scale (`float`, defaults to 100):
             Upper bound of 1/τ (CLIP's).
+        matryoshka_dims (`list[int]`, *optional*):
+            Dimensions that embeddings were trained to be cut to (`encode(..., truncate_dim=...)`), D first and falling.
+            Set by training; None: D alone.
 
     Raises:
-        ValueError: unknown `fusion` or `text_pooling`, a temperature that is not positive, or an `encoder_config`
-            without a known `model_type`.
+        ValueError: unknown `fusion` or `text_pooling`, a temperature that is not positive, `matryoshka_dims` that are
+            not so, or an `encoder_config` without a known `model_type`.
     """
 
     model_type = "gcl"
@@ -54,6 +57,7 @@ class GCLConfig(PreTrainedConfig):
         tower_norms=None,
         logit_scale_init_value=None,
         max_logit_scale=100.0,
+        matryoshka_dims=None,
         **kwargs,
     ):
         if encoder_config is None:
@@ -78,6 +82,7 @@ class GCLConfig(PreTrainedConfig):
         self.tower_norms = tower_norms
         self.logit_scale_init_value = logit_scale_init_value
         self.max_logit_scale = max_logit_scale
+        self.matryoshka_dims = matryoshka_dims
         super().__init__(**kwargs)
         self.check_fields()
 
@@ -96,6 +101,10 @@ class GCLConfig(PreTrainedConfig):
                 f"logit_scale_init_value={self.logit_scale_init_value!r} is over max_logit_scale="
                 f"{self.max_logit_scale!r}: lower the one or raise the other"
             )
+        if self.matryoshka_dims is not None:
+            dims, whole = list(self.matryoshka_dims), self.projection_dim
+            if dims != sorted(set(dims), reverse=True) or dims[:1] != [whole] or dims[-1] < 1:
+                raise ValueError(f"matryoshka_dims={dims} must fall from the embeddings' {whole} to 1 or more")
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):

@@ -4,6 +4,7 @@ Notable features:
 - memory O(N·D): the logits exist only tile by tile (`tiles_gcl`);
 - a fixed shift instead of a running maximum, with exact log-sum-exps as fallback where the shift underflows;
 - the gradient of the scale falls out of the embeddings' gradient;
+- Matryoshka: embeddings cut to several dimensions are one pass, of a single one's matrix products (not by kernels);
 - on NVIDIA GPUs Triton kernels take the place of the tiles (`triton_gcl`);
 - several processes: each sums over its own anchors, the sums are gathered, and every process then holds all that the
   gradient of its own rows needs. No gradient is communicated. With `half_ring` not even the embeddings are gathered.
@@ -15,6 +16,7 @@ from itertools import combinations
 import torch
 from torch.autograd.function import once_differentiable
 
+from .matryoshka_gcl import cosines, cut, inverse_norms, parts, sums_beyond
 from .tiles_gcl import Pairs, Panel, TileCache, add_logsumexps, add_sums, add_weighted, add_weighted_by_logs, replay
 from .triton_gcl import add_sums as add_sums_by_kernel
 from .triton_gcl import add_weighted as add_weighted_by_kernel
@@ -77,12 +79,13 @@ def working_dtypes(embeds):
 
 
 def block_logsumexp(
-    embeds, scale, blocks, *, labels=(), semantic=None, bf16=False, cache_bytes=0, processes=None, sizes=None
+    embeds, scale, blocks, dims, *, labels=(), semantic=None, bf16=False, cache_bytes=0, processes=None, sizes=None
 ):
     r"""
-    For M modalities of N pairs: the log-sum-exp of each anchor's negatives in each modality, and the pairs' cosines.
+    For M modalities of N pairs: the log-sum-exp of each anchor's negatives in each modality, and the pairs' cosines,
+    with the embeddings cut to each of K dimensions:
 
-        negatives[a, m, j] = log Σ_{k≠j} exp(s e_a^j·e_m^k),   cosines[a, m, j] = e_a^j·e_m^j  (a < m)
+        negatives[d, a, m, j] = log Σ_{k≠j} exp(s e_a^j·e_m^k),   cosines[d, a, m, j] = e_a^j·e_m^j  (a < m)
 
     Cost for each block in N²D multiply-adds counted twice: 8 for a < m (it yields [a, m] and [m, a]), 4 for a = m. On
     W processes each has 1/W of it with `half_ring` (and for even W half an n² block more); otherwise 12 and 6 N²D/W,
@@ -93,27 +96,38 @@ def block_logsumexp(
             `working_dtypes`. Rows need not be of unit norm, but far from it the slower fallback runs.
         scale (`torch.Tensor` scalar): s, of the second of `working_dtypes`, on the same device.
         blocks (sequence of `(a, m)` with `a <= m`): the blocks to compute.
+        dims (sequence of K `int`): from the smallest to D. Rows are normalised again once cut, but not to D.
         labels (sequence of `torch.Tensor` of shape `(n,)`): pairs equal in any of them are not each other's negatives.
         semantic (`torch.Tensor` of shape `(n, S)`, *optional*): unit rows c, of the scale's dtype. In blocks a = m the
             similarity e_a^j·e_a^k is then multiplied by 1 − c^j·c^k. Without gradient.
         bf16 (`bool`): the gradient's products, and the cached tiles, in bfloat16. The result itself is not affected.
-        cache_bytes (`int`): memory for tiles kept from forward to backward, which need not be computed again.
+        cache_bytes (`int`): memory for tiles kept from forward to backward, which need not be computed again, if K = 1.
         processes (*optional*): who shares the batch, as [`OneProcess`] describes it; each has n of the N pairs.
         sizes (`list[int]`, *optional*): rows of each process; with `processes`.
 
     Returns:
-        `tuple` of two `torch.Tensor` of shape `(M, M, N)`, the same on all processes: negatives, where anchors without
-        any negative hold a huge negative finite value, and cosines. Entries of blocks not asked for are undefined; use
-        none of them. Backward must start from the same loss on all processes. It gives the gradient of the process's
-        own rows times the number of processes, and a share of the scale's such that the mean over processes is the
-        whole gradient: what DistributedDataParallel and FSDP make of it, by averaging, is the gradient of the loss.
+        `tuple` of two `torch.Tensor` of shape `(K, M, M, N)`, the same on all processes: negatives, where anchors
+        without any negative hold a huge negative finite value, and cosines. Entries of blocks not asked for are
+        undefined; use none of them. Backward must start from the same loss on all processes. It gives the gradient of
+        the process's own rows times the number of processes, and a share of the scale's such that the mean over
+        processes is the whole gradient: what DistributedDataParallel and FSDP make of it, by averaging, is the gradient
+        of the loss.
     """
-    if not torch.is_grad_enabled() or kernels_support(embeds[0]):
+    if len(dims) > 1 and kernels_support(embeds[0]):
+        each = [
+            block_logsumexp(
+                [cut(x.to(scale.dtype), d) for x in embeds], scale, blocks, [d], labels=labels, semantic=semantic,
+                bf16=bf16, processes=processes, sizes=sizes,
+            )
+            for d in dims
+        ]  # fmt: skip
+        return tuple(map(torch.cat, zip(*each)))
+    if not torch.is_grad_enabled() or kernels_support(embeds[0]) or len(dims) > 1:
         cache_bytes = 0
     processes = processes or OneProcess()
     embeds = [x.contiguous() for x in embeds]
     shares = blocks, processes, sizes or [len(embeds[0])]
-    return _BlockLogSumExp.apply(shares, labels, semantic, bf16, cache_bytes, scale, *embeds)
+    return _BlockLogSumExp.apply(shares, dims, labels, semantic, bf16, cache_bytes, scale, *embeds)
 
 
 class _Work:
@@ -175,12 +189,13 @@ class _Work:
 
 class _BlockLogSumExp(torch.autograd.Function):
     """`block_logsumexp`. With X = exp(S − c) and row sums z, g X/z is the gradient by the logits for g from above; a
-    tile serves [a, m] by its rows and [m, a] by its columns, so both gradients use W = X ∘ (g/z ⊕ (g/z)ᵀ)."""
+    tile serves [a, m] by its rows and [m, a] by its columns, so both gradients use W = X ∘ (g/z ⊕ (g/z)ᵀ). A gradient
+    has K more columns if K > 1: Σ W ∘ cosines of each cut, which the norms and the scale get their gradients from."""
 
     @staticmethod
-    def forward(ctx, shares, labels, semantic, bf16, cache_bytes, scale, *embeds):
+    def forward(ctx, shares, dims, labels, semantic, bf16, cache_bytes, scale, *embeds):
         with torch.autocast(scale.device.type, enabled=False):
-            own = Pairs(embeds, tuple(labels), semantic)
+            own = Pairs(embeds, tuple(labels), semantic, tuple(dims))
             work = _Work(own, *shares)
             ctx.shares, ctx.make, ctx.bf16, ctx.scale = shares, own.make, bf16, scale.item()
             ctx.shift = _fixed_shift(ctx.scale, work.num_pairs, scale.dtype)
@@ -193,12 +208,12 @@ class _BlockLogSumExp(torch.autograd.Function):
                 negatives = saved = _logsumexps(work, ctx.scale, scale.dtype, everyone)
             else:
                 negatives, saved = sums.log().add_(ctx.shift), sums
-            cosines = scale.new_zeros(len(embeds), len(embeds), len(embeds[0]))
+            paired = torch.zeros_like(saved[..., work.rows])
             for a, m in combinations(range(len(embeds)), 2):
-                cosines[a, m] = torch.linalg.vecdot(embeds[a].to(scale.dtype), embeds[m].to(scale.dtype))
+                paired[:, a, m] = cosines(embeds[a].to(scale.dtype), embeds[m].to(scale.dtype), dims)
             ctx.num_own, ctx.num_gathered = len(own.tensors()), len(everyone)
             ctx.save_for_backward(saved, *own.tensors(), *everyone, *cache.tiles)
-            return negatives, _rows_last(work.gather(_rows_first(cosines)))
+            return negatives, _rows_last(work.gather(_rows_first(paired)))
 
     @staticmethod
     @once_differentiable
@@ -208,26 +223,48 @@ class _BlockLogSumExp(torch.autograd.Function):
         everyone, cached = rest[: ctx.num_gathered], rest[ctx.num_gathered :]
         work, embeds = _Work(own, *ctx.shares), own.embeds
         with torch.autocast(saved.device.type, enabled=False):
-            needs_scale, *needs = ctx.needs_input_grad[5:]
+            needs_scale, *needs = ctx.needs_input_grad[6:]
+            dim, dims = embeds[0].shape[1], own.dims
+            width = dim + (len(dims) if len(dims) > 1 else 0)
             grads = [
-                torch.zeros_like(x, dtype=saved.dtype) if need or needs_scale else None
+                x.new_zeros(len(x), width, dtype=saved.dtype) if need or needs_scale else None
                 for x, need in zip(embeds, needs)
             ]
             _add_gradients(ctx, work, from_negatives, saved, everyone, cached, grads)
             from_scale = None
             if needs_scale:  # Σ g dS/ds = Σ g S/s = <W E, E>/2, as W holds each entry of g in its row and in its column
-                inner = (torch.linalg.vecdot(grad, x.to(grad.dtype)).sum() for grad, x in zip(grads, embeds))
+                if len(dims) > 1:
+                    inner = (grad[:, dim:].sum() for grad in grads)
+                else:
+                    inner = (torch.linalg.vecdot(grad, x.to(grad.dtype)).sum() for grad, x in zip(grads, embeds))
                 from_scale = sum(inner) / 2 * work.processes.size
-            for a, grad in enumerate(grads):
-                if grad is None:
-                    continue
-                grad.mul_(ctx.scale)
-                for m in range(len(embeds)):
-                    if m != a:
-                        grad.addcmul_(from_cosines[min(a, m), max(a, m), work.rows, None], embeds[m])
-                grad.mul_(work.processes.size)
-            grads = (grad.to(x.dtype) if need else None for grad, x, need in zip(grads, embeds, needs))
-            return None, None, None, None, None, from_scale, *grads
+            _finish(grads, embeds, dims, ctx.scale, from_cosines[..., work.rows])
+            grads = (
+                grad[:, :dim].mul_(work.processes.size).to(x.dtype) if need else None
+                for grad, x, need in zip(grads, embeds, needs)
+            )
+            return None, None, None, None, None, None, from_scale, *grads
+
+
+def _finish(grads, embeds, dims, scale, from_cosines):
+    """Turn W·E into gradients, in place: times the scale, with what the pairs' cosines pull (K, M, M, n), and without
+    the part along a cut embedding, whose norm is fixed."""
+    inverses = [inverse_norms(x, dims).to(from_cosines.dtype) for x in embeds]
+    for a, grad in enumerate(grads):
+        if grad is None:
+            continue
+        along = grad.mul_(scale)[:, dims[-1] :].T
+        for m in range(len(embeds)):
+            if m == a:
+                continue
+            pull = from_cosines[:, min(a, m), max(a, m)]
+            for part, factor in zip(parts(dims), sums_beyond(pull * inverses[a] * inverses[m])):
+                grad[:, part].addcmul_(factor[:, None], embeds[m][:, part])
+            if len(dims) > 1:
+                along.add_(pull * cosines(embeds[a], embeds[m], dims))
+        if len(dims) > 1:
+            for part, factor in zip(parts(dims), sums_beyond((along * inverses[a].square())[:-1])):
+                grad[:, part].addcmul_(factor[:, None], embeds[a][:, part], value=-1)
 
 
 def _fixed_shift(scale, num_pairs, dtype):
@@ -237,16 +274,16 @@ def _fixed_shift(scale, num_pairs, dtype):
 
 
 def _sums(work, scale, shift, dtype, cache, everyone):
-    """(M, M, N) sums of exp(S − shift) over the negatives of all anchors."""
+    """(K, M, M, N) sums of exp(S − shift) over the negatives of all anchors."""
     sums = _of_each_anchor(work, 0.0, dtype)
     for panel, rows, distance in work.panels(everyone):
         theirs = sums if panel.symmetric else None
         if distance is not None:
-            theirs = sums.new_zeros(*sums.shape[:2], rows.stop - rows.start)
+            theirs = sums.new_zeros(*sums.shape[:-1], rows.stop - rows.start)
         if kernels_support(panel.rows[0]):
-            add_sums_by_kernel(panel, scale, shift, sums)
+            add_sums_by_kernel(panel, scale, shift, sums[0])
             if distance is not None:
-                add_sums_by_kernel(panel.transposed(), scale, shift, theirs)
+                add_sums_by_kernel(panel.transposed(), scale, shift, theirs[0])
         else:
             add_sums(panel, scale, shift, sums, theirs, cache)
         if distance is not None:
@@ -255,12 +292,12 @@ def _sums(work, scale, shift, dtype, cache, everyone):
 
 
 def _logsumexps(work, scale, dtype, everyone):
-    """(M, M, N) log-sum-exps over the negatives of all anchors, for any input."""
+    """(K, M, M, N) log-sum-exps over the negatives of all anchors, for any input."""
     logs = _of_each_anchor(work, -torch.inf, dtype)
     for panel, rows, distance in work.panels(everyone):
         theirs = logs if panel.symmetric else None
         if distance is not None:
-            theirs = logs.new_full((*logs.shape[:2], rows.stop - rows.start), -torch.inf)
+            theirs = logs.new_full((*logs.shape[:-1], rows.stop - rows.start), -torch.inf)
         add_logsumexps(panel.cast(dtype), scale, logs, theirs)
         if distance is not None:
             logs = torch.logaddexp(logs, _rows_last(work.send_back([_rows_first(theirs)], distance)[0]))
@@ -269,14 +306,14 @@ def _logsumexps(work, scale, dtype, everyone):
 
 
 def _of_each_anchor(work, value, dtype):
-    embeds = work.own.embeds
-    return embeds[0].new_full((len(embeds), len(embeds), len(embeds[0])), value, dtype=dtype)
+    embeds, dims = work.own.embeds, work.own.dims
+    return embeds[0].new_full((len(dims), len(embeds), len(embeds), len(embeds[0])), value, dtype=dtype)
 
 
 def _all_safe(sums, blocks):
     """Whether no row sum overflowed, nor is so small that terms lost to underflow could matter (or has no negative)."""
     limits = torch.finfo(sums.dtype)
-    sums = torch.stack([sums[pair] for a, m in blocks for pair in ((a, m), (m, a))])
+    sums = torch.stack([sums[:, x, y] for a, m in blocks for x, y in ((a, m), (m, a))])
     return bool(((sums >= sums.shape[-1] * limits.tiny / limits.eps) & (sums <= limits.max)).all())
 
 
@@ -287,13 +324,14 @@ def _add_gradients(ctx, work, above, saved, everyone, cached, grads):
     for panel, rows, distance in work.panels(everyone):
         theirs = grads if panel.symmetric else None
         if distance is not None:
-            theirs = [None if g is None else g.new_zeros(x.shape) for g, x in zip(grads, panel.cols)]
+            theirs = [None if g is None else g.new_zeros(len(x), g.shape[1]) for g, x in zip(grads, panel.cols)]
         if ctx.exact:
             logs_above = saved[..., work.rows], saved[..., rows], above[..., work.rows], above[..., rows]
             add_weighted_by_logs(panel.cast(saved.dtype), ctx.scale, *logs_above, grads, theirs, ctx.bf16)
         else:
             mine, others = ratios[..., work.rows], ratios[..., rows]
             if kernels_support(panel.rows[0]):
+                mine, others = mine[0], others[0]
                 add_weighted_by_kernel(panel, ctx.scale, ctx.shift, mine, others, grads, ctx.bf16)
                 if distance is not None:
                     add_weighted_by_kernel(panel.transposed(), ctx.scale, ctx.shift, others, mine, theirs, ctx.bf16)

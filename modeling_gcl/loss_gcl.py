@@ -5,6 +5,7 @@ Notable features:
 - one switch each for the denominator, the intra-modality negatives, the weight of each direction, false negatives;
 - logits and log-sum-exp in float32 for half-precision embeddings and under autocast, in float64 for float64 ones;
 - memory O(N·D) forward and backward: `logsumexp_gcl` computes the logits tile by tile and never holds them;
+- Matryoshka: each loss also as a mean over embeddings cut to fewer dimensions;
 - a batch that several processes share gives each the loss of the whole and the exact gradient of its own rows.
 """
 
@@ -13,6 +14,7 @@ import math
 import torch
 
 from .logsumexp_gcl import OneProcess, block_logsumexp, working_dtypes
+from .matryoshka_gcl import SMALLEST_NORM, cuts_and_shares
 
 MODALITIES = {"i": "image_embeds", "t": "text_embeds", "it": "fused_embeds"}
 DIRECTIONS = ("i->t", "t->i", "i->it", "it->i", "t->it", "it->t")
@@ -35,6 +37,8 @@ def gcl_loss(
     denominator="all",
     intra_modality=True,
     direction_weights=None,
+    matryoshka_dims=None,
+    matryoshka_weights=None,
     return_terms=False,
     bf16=False,
     cache_bytes=0,
@@ -60,11 +64,16 @@ def gcl_loss(
             Without effect for `denominator="target"`.
         direction_weights (`dict[str, float]`, *optional*): weight of each of the six directions `"i->t"`, ...; those
             not named weigh 1. The loss is the weighted mean of the terms.
+        matryoshka_dims (sequence of `int`, *optional*): the loss is the weighted mean of the losses of the embeddings
+            cut to their first d entries and normalised again, for each d of these and for D, which is added where it is
+            missing (Kusupati et al., arXiv 2205.13147).
+        matryoshka_weights (sequence of `float`, *optional*): one for each of `matryoshka_dims`, positive; by default 1,
+            as has a D that is added.
         return_terms (`bool`): also return the six unweighted terms, detached.
         bf16 (`bool`): the gradient's matrix products in bfloat16 (gradient within about 0.5 %; the loss is not
             touched). Faster where the processor has bfloat16 arithmetic.
         cache_bytes (`int`): memory for exponentiated logits kept for the backward pass, which otherwise computes them
-            again. 18 N² bytes hold all of them, 9 N² with `bf16`.
+            again. 18 N² bytes hold all of them, 9 N² with `bf16`. Without effect with `matryoshka_dims`.
         processes (*optional*): `training.distributed.Processes()`, or what else offers the methods of
             `logsumexp_gcl.OneProcess`. Each process then passes its own n of the N pairs (not all need hold equally
             many). The loss is that of the whole batch on every process. The gradient that each gets, of its rows and of
@@ -73,13 +82,15 @@ def gcl_loss(
 
     Returns:
         `torch.Tensor` scalar (float32, or float64 for float64 input); with `return_terms` a tuple of it and a
-        `dict[str, torch.Tensor]` from direction to scalar.
+        `dict[str, torch.Tensor]` from direction to scalar. With `matryoshka_dims` these are means over the dimensions,
+        and the dict also holds the loss at each, `"dim_64"` and so on.
 
     Raises:
         ValueError: embeddings of unequal shapes or devices, an empty batch, rows not of unit norm (within 1 %),
             `logit_scale` not one positive number, unknown `denominator` or direction, ids that are not one per pair,
-            or weights that are not finite, negative or all zero. Of several processes all raise, naming the one at
-            fault, also when their arguments differ.
+            weights that are not finite, negative or all zero, dimensions that are not in 1..D or named twice, or rows
+            that are zero once cut. Of several processes all raise, naming the one at fault, also when their arguments
+            differ.
         TypeError: embeddings or ids that are no tensors.
         NonFiniteError: embeddings or `logit_scale` hold NaN or infinity; a `ValueError` and a `FloatingPointError`.
 
@@ -93,11 +104,13 @@ def gcl_loss(
     weights = _checked_weights(direction_weights)
     batch = _Batch(
         (image_embeds, text_embeds, fused_embeds), logit_scale, ids, caption_ids, processes=processes,
+        matryoshka=(matryoshka_dims, matryoshka_weights),
         settings={"denominator": denominator, "intra_modality": intra_modality, "direction_weights": weights},
     )  # fmt: skip
     batch.contrast(own=intra_modality and denominator != "target", bf16=bf16, cache_bytes=cache_bytes)
     terms = {d: batch.direction_term(d, denominator, intra_modality) for d in DIRECTIONS}
-    return _weighted_mean(terms, weights, return_terms)
+    losses = sum(weights[d] * term for d, term in terms.items() if weights[d]) / sum(weights.values())
+    return batch.mean_over_cuts(losses, terms, return_terms)
 
 
 def contrastive_loss(
@@ -107,6 +120,8 @@ def contrastive_loss(
     *,
     ids=None,
     caption_ids=None,
+    matryoshka_dims=None,
+    matryoshka_weights=None,
     return_terms=False,
     bf16=False,
     cache_bytes=0,
@@ -117,10 +132,13 @@ def contrastive_loss(
 
     Arguments, result and errors as for [`gcl_loss`]; the floor is 0.
     """
-    batch = _Batch((image_embeds, text_embeds), logit_scale, ids, caption_ids, processes=processes)
+    batch = _Batch(
+        (image_embeds, text_embeds), logit_scale, ids, caption_ids, processes=processes,
+        matryoshka=(matryoshka_dims, matryoshka_weights),
+    )  # fmt: skip
     batch.contrast(own=False, bf16=bf16, cache_bytes=cache_bytes)
     terms = {d: batch.direction_term(d, "target", False) for d in ("i->t", "t->i")}
-    return _weighted_mean(terms, dict.fromkeys(terms, 1.0), return_terms)
+    return batch.mean_over_cuts(sum(terms.values()) / 2, terms, return_terms)
 
 
 def alignclip_loss(
@@ -132,6 +150,8 @@ def alignclip_loss(
     separation_weight=0.5,
     ids=None,
     caption_ids=None,
+    matryoshka_dims=None,
+    matryoshka_weights=None,
     return_terms=False,
     bf16=False,
     cache_bytes=0,
@@ -148,6 +168,7 @@ def alignclip_loss(
     Args:
         semantic_embeds (`torch.Tensor` of shape `(N, S)`, *optional*): caption embeddings of a semantic encoder, of any
             norm but 0; the authors use a frozen sentence encoder. Default: the batch's own text embeddings, detached.
+            Never cut: at every dimension C is the same.
         separation_weight (`float`): weight of the separation.
         Others, result and errors as for [`gcl_loss`].
     """
@@ -156,26 +177,29 @@ def alignclip_loss(
     batch = _Batch(
         (image_embeds, text_embeds), logit_scale, ids, caption_ids, processes=processes,
         semantic=text_embeds if semantic_embeds is None else semantic_embeds,
+        matryoshka=(matryoshka_dims, matryoshka_weights),
         settings={"separation_weight": separation_weight},
     )  # fmt: skip
     batch.contrast(own=True, bf16=bf16, cache_bytes=cache_bytes)
     terms = {d: batch.direction_term(d, "target", False) for d in ("i->t", "t->i")}
     separation = {f"separation_{name}": batch.separation_term(name) for name in ("i", "t")}
-    loss = (terms["i->t"] + terms["t->i"] + separation_weight * sum(separation.values())) / 2
-    if return_terms:
-        return loss, {name: term.detach() for name, term in (terms | separation).items()}
-    return loss
+    losses = (terms["i->t"] + terms["t->i"] + separation_weight * sum(separation.values())) / 2
+    return batch.mean_over_cuts(losses, terms | separation, return_terms)
 
 
 class _Batch:
-    """Checked embeddings of one batch, in full precision, and the loss terms that come of their log-sum-exps."""
+    """Checked embeddings of one batch, in full precision, and the loss terms that come of their log-sum-exps: each of
+    shape (K,), one for every dimension to which the embeddings are cut."""
 
-    def __init__(self, embeds, logit_scale, ids, caption_ids, processes=None, semantic=None, settings=None):
+    def __init__(
+        self, embeds, logit_scale, ids, caption_ids, processes=None, semantic=None, settings=None,
+        matryoshka=(None, None),
+    ):  # fmt: skip
         self.modalities = list(MODALITIES)[: len(embeds)]
         self.labels = {name: x for name, x in (("ids", ids), ("caption_ids", caption_ids)) if x is not None}
         self.processes, self.semantic, error = processes or OneProcess(), semantic, None
         try:
-            self._take(dict(zip(MODALITIES.values(), embeds)), logit_scale)
+            self._take(dict(zip(MODALITIES.values(), embeds)), logit_scale, *matryoshka)
         except (ValueError, TypeError) as found:  # told to the other processes, which would wait for this one otherwise
             error = found
         shared = None if error else self._shared(settings or {}, embeds)
@@ -186,6 +210,7 @@ class _Batch:
         return settings | {
             "modalities": self.modalities,
             "embedding size": self.embeds[0].shape[1],
+            "matryoshka_dims": self.cuts,
             "dtypes": [x.dtype for x in embeds],
             "labels": {name: x.dtype for name, x in self.labels.items()},
             "semantic_embeds": None if self.semantic is None else (self.semantic.shape[1], self.semantic.dtype),
@@ -194,9 +219,10 @@ class _Batch:
             "half_ring": self.processes.half_ring,
         }
 
-    def _take(self, embeds, logit_scale):
+    def _take(self, embeds, logit_scale, dims, weights):
         """Check the arguments of this process and bring them to full precision."""
         _check_shapes(embeds, self.labels)
+        self.cuts = cuts_and_shares(dims, weights, embeds["image_embeds"].shape[1])
         dtype, full = working_dtypes(list(embeds.values()))
         self.embeds = [x.to(dtype) for x in embeds.values()]
         self.scale = torch.as_tensor(logit_scale, dtype=full, device=self.embeds[0].device)
@@ -204,6 +230,7 @@ class _Batch:
             raise ValueError(f"logit_scale must be one number, got shape {tuple(self.scale.shape)}")
         self.scale = self.scale.reshape(())
         _check_values(dict(zip(embeds, self.embeds)), self.scale)
+        _check_cuts(dict(zip(embeds, self.embeds)), list(self.cuts)[:-1])
         if self.semantic is not None:
             self.semantic = _unit_semantic(self.semantic, self.embeds[0])
 
@@ -214,6 +241,7 @@ class _Batch:
             self.embeds,
             self.scale,
             [(a, m) for a in indices for m in indices[a:] if own or a != m],
+            list(self.cuts),
             labels=list(self.labels.values()),
             semantic=self.semantic,
             bf16=bf16,
@@ -223,13 +251,13 @@ class _Batch:
         )
 
     def positive(self, a, b):
-        """(N,) logits of each pair's two views."""
+        """(K, N) logits of each pair's two views."""
         a, b = sorted((self.modalities.index(a), self.modalities.index(b)))
-        return self.scale * self.cosines[a, b]
+        return self.scale * self.cosines[:, a, b]
 
     def negative(self, a, m):
-        """(N,) log-sum-exp of each anchor's negatives (k≠j) in modality m."""
-        return self.negatives[self.modalities.index(a), self.modalities.index(m)]
+        """(K, N) log-sum-exp of each anchor's negatives (k≠j) in modality m."""
+        return self.negatives[:, self.modalities.index(a), self.modalities.index(m)]
 
     def direction_term(self, direction, denominator, intra_modality):
         """Mean over the pairs of -log p. The diagonal (self, positive, other positive) enters as the switches say."""
@@ -238,12 +266,23 @@ class _Batch:
         others = [m for m in self.modalities if m != anchor] if denominator == "all" else [target]
         parts = [self.negative(anchor, m) for m in candidates if m != anchor or intra_modality]
         parts += [self.positive(anchor, m) for m in others]
-        return (torch.stack(parts).logsumexp(0) - self.positive(anchor, target)).mean()
+        return (torch.stack(parts).logsumexp(0) - self.positive(anchor, target)).mean(-1)
 
     def separation_term(self, name):
         """Mean over the pairs of AlignCLIP's cross-entropy within one modality; needs `contrast` with `semantic`."""
         positive = self.positive("i", "t")
-        return (torch.logaddexp(self.negative(name, name), positive) - positive).mean()
+        return (torch.logaddexp(self.negative(name, name), positive) - positive).mean(-1)
+
+    def mean_over_cuts(self, losses, terms, return_terms):
+        """The scalar loss, and what `gcl_loss` says of terms, from those of each dimension."""
+        shares = losses.new_tensor(list(self.cuts.values()))
+        loss = (shares * losses).sum()  # no dot product: autocast would round it
+        if not return_terms:
+            return loss
+        terms = {name: (shares * term.detach()).sum() for name, term in terms.items()}
+        if len(self.cuts) > 1:
+            terms |= {f"dim_{d}": value for d, value in reversed(list(zip(self.cuts, losses.detach())))}
+        return loss, terms
 
 
 def _unit_semantic(semantic, like):
@@ -274,13 +313,6 @@ def _checked_weights(weights):
     return weights
 
 
-def _weighted_mean(terms, weights, return_terms):
-    loss = sum(weights[d] * term for d, term in terms.items() if weights[d]) / sum(weights.values())
-    if return_terms:
-        return loss, {direction: term.detach() for direction, term in terms.items()}
-    return loss
-
-
 def _check_shapes(embeds, labels):
     for name, x in (embeds | labels).items():
         if not isinstance(x, torch.Tensor):
@@ -301,10 +333,7 @@ def _check_shapes(embeds, labels):
 
 def _check_values(embeds, scale):
     """One pass over the rows' norms and one transfer from the device; NaN and infinity show in the norm."""
-    norms = {
-        name: torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
-        for name, x in embeds.items()
-    }
+    norms = {name: _norms(x) for name, x in embeds.items()}
     worst = torch.stack([*((x - 1).abs().amax() for x in norms.values()), scale.detach()])
     *deviations, scale = worst.tolist()
     if not math.isfinite(scale):
@@ -324,3 +353,21 @@ def _check_values(embeds, scale):
                 f"{name} must hold rows of unit norm, row {row} has norm {x[row].item():.4g}: "
                 "apply torch.nn.functional.normalize(x, dim=-1) first"
             )
+
+
+def _check_cuts(embeds, dims):
+    """Whether every row, cut to each of `dims`, can be normalised again."""
+    if not dims:
+        return
+    norms = {(name, d): _norms(x[:, :d]) for name, x in embeds.items() for d in dims}
+    smallest = torch.stack([x.amin() for x in norms.values()]).tolist()
+    for ((name, d), x), norm in zip(norms.items(), smallest):
+        if norm < SMALLEST_NORM:
+            raise ValueError(
+                f"{name} can't be cut to {d} dimensions: the norm of row {x.argmin().item()} is {norm:.4g} there, too "
+                f"small to be normalised; leave {d} out of matryoshka_dims"
+            )
+
+
+def _norms(x):
+    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))

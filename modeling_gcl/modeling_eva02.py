@@ -50,8 +50,9 @@ def rotate(states, cos, sin):
     return states * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
 
 
-def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Plain softmax attention. There is no padding among patches, so that `attention_mask` is None."""
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Plain softmax attention. There is no padding among patches, so that `attention_mask` is None. (transformers looks
+    for this function's name to learn that the tower can switch to others.)"""
     weights = torch.softmax(query @ key.transpose(-1, -2) * scaling, dim=-1)
     return (weights @ value).transpose(1, 2), weights
 
@@ -90,8 +91,16 @@ class EVA02Embeddings(nn.Module):
         return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])), places
 
 
+class ResidualLinear(nn.Linear):
+    """What a layer adds to the residual stream, drawn smaller the deeper the layer; `index` counts them from 0."""
+
+    def __init__(self, in_features, out_features, index):
+        super().__init__(in_features, out_features)
+        self.index = index
+
+
 class EVA02Attention(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, index):
         super().__init__()
         self.config = config
         self.head_dim = config.hidden_size // config.num_attention_heads
@@ -101,25 +110,25 @@ class EVA02Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.inner_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = ResidualLinear(config.hidden_size, config.hidden_size, index)
 
     def forward(self, hidden_states, cos, sin):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)  # (N, heads, L, head_dim)
         query = rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), cos, sin).to(value.dtype)
         key = rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), cos, sin).to(value.dtype)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         attended, _ = attention(self, query, key, value, None, scaling=self.scaling, dropout=0.0)  # (N, L, heads, ...)
         return self.out_proj(self.inner_norm(attended.flatten(2)))
 
 
 class EVA02MLP(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config, index):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
         self.inner_norm = nn.LayerNorm(config.intermediate_size, eps=config.layer_norm_eps)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.down_proj = ResidualLinear(config.intermediate_size, config.hidden_size, index)
 
     def forward(self, hidden_states):
         gated = F.silu(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
@@ -129,11 +138,10 @@ class EVA02MLP(nn.Module):
 class EVA02Layer(GradientCheckpointingLayer):
     def __init__(self, config, index):
         super().__init__()
-        self.index = index
         self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = EVA02Attention(config)
+        self.attention = EVA02Attention(config, index)
         self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = EVA02MLP(config)
+        self.mlp = EVA02MLP(config, index)
 
     def forward(self, hidden_states, cos, sin):
         hidden_states = hidden_states + self.attention(self.attention_norm(hidden_states), cos, sin)
@@ -168,9 +176,8 @@ class EVA02VisionModel(PreTrainedModel):
         if isinstance(module, EVA02Embeddings):
             init.trunc_normal_(module.cls_token, std=std)
             init.trunc_normal_(module.position_embedding, std=std)
-        elif isinstance(module, EVA02Layer):  # deeper layers add less to the residual stream
-            for projection in (module.attention.out_proj, module.mlp.down_proj):
-                init.normal_(projection.weight, std=std / (2 * (module.index + 1)) ** 0.5)
+        elif isinstance(module, ResidualLinear):
+            init.normal_(module.weight, std=std / (2 * (module.index + 1)) ** 0.5)
 
     def forward(self, pixel_values):
         r"""

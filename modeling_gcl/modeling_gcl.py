@@ -8,16 +8,24 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
+from .backbone_gcl import (
+    build_backbone,
+    check_is_dual_encoder,
+    check_settings,
+    freeze_unused_parameters,
+    load_backbone,
+    model_type_of,
+    own_logit_scale,
+)
 from .configuration_gcl import GATED_FUSIONS, GCLConfig
 from .encoding_gcl import encode_rows
 from .fusion_gcl import Fusion, GateLayer, choose_fusion, unit
 from .loss_gcl import gcl_loss
-from .modeling_vista import VistaModel
 from .processing_gcl import GCLProcessor
 from .temperature_gcl import LogitScale
 
@@ -89,53 +97,24 @@ class GCLModel(GCLPreTrainedModel):
     def __init__(self, config, encoder=None):
         config.check_fields()
         super().__init__(config)
-        if encoder is None:
-            is_vista = config.encoder_config.model_type == VistaModel.config_class.model_type
-            build = VistaModel._from_config if is_vista else AutoModel.from_config
-            encoder = build(config.encoder_config)
-        self.encoder = encoder
-        for part in ("get_image_features", "get_text_features", "vision_model", "text_model"):
-            if not hasattr(self.encoder, part):
-                raise ValueError(
-                    f"unknown backbone: {type(self.encoder).__name__} is no dual encoder (it has no {part}). "
-                    "GCL wraps CLIP, SigLIP, VisionTextDualEncoder and the like."
-                )
-        if config.text_pooling == "mean" and not hasattr(self.encoder, "text_projection"):
-            raise ValueError(
-                f"text_pooling='mean' needs a backbone with a text_projection; {type(self.encoder).__name__} has none. "
-                "Use text_pooling='encoder'."
-            )
-        if config.fusion == "native" and not hasattr(self.encoder, "get_fused_features"):
-            raise ValueError(
-                f"fusion='native' needs a backbone that fuses image and text itself, as VISTA does; "
-                f"{type(self.encoder).__name__} does not. Use 'sum', 'normalized_sum' or a gated one."
-            )
+        self.encoder = build_backbone(config.encoder_config) if encoder is None else encoder
+        check_is_dual_encoder(self.encoder)
+        check_settings(self.encoder, config)
         self.config.encoder_config = self.encoder.config
         self.fusion = Fusion(config.fusion, config.projection_dim)
         own_scale = getattr(config.encoder_config, "logit_scale_init_value", None)
         initial = config.logit_scale_init_value or (math.exp(own_scale) if own_scale else DEFAULT_LOGIT_SCALE)
         self.logit_scale = LogitScale(min(initial, config.max_logit_scale), config.max_logit_scale)
         self.register_buffer("modality_means", torch.zeros(3, config.projection_dim, dtype=torch.float32))
-        self._freeze_unused_parameters()
+        freeze_unused_parameters(self.encoder, config.text_pooling)
         self.post_init()
-
-    def _freeze_unused_parameters(self):
-        """The backbone's own temperature and bias, and a pooler that mean pooling bypasses, never get a gradient;
-        DistributedDataParallel fails on trainable parameters without one."""
-        for name in ("logit_scale", "logit_bias"):
-            if isinstance(getattr(self.encoder, name, None), nn.Parameter):
-                getattr(self.encoder, name).requires_grad_(False)
-        if self.config.text_pooling == "mean":
-            pooler = getattr(getattr(self.encoder, "text_model", None), "pooler", None)
-            if pooler is not None:
-                pooler.requires_grad_(False)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """As `PreTrainedModel.from_pretrained`, which forgets what `__init__` froze."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._freeze_unused_parameters()
+        freeze_unused_parameters(model.encoder, model.config.text_pooling)
         return loaded
 
     @classmethod
@@ -159,7 +138,7 @@ class GCLModel(GCLPreTrainedModel):
             [`GCLModel`] whose temperature starts at `logit_scale_init_value`, else at the backbone's own.
 
         Raises:
-            ValueError: the backbone is no dual encoder.
+            ValueError: the backbone is no dual encoder, brings code of its own, or lacks weights.
             TypeError: `config` names a field that GCLConfig does not have.
             OSError: no such id or folder.
         """
@@ -168,22 +147,21 @@ class GCLModel(GCLPreTrainedModel):
         if unknown:
             raise TypeError(f"GCLConfig has no field {', '.join(sorted(unknown))}")
         if isinstance(encoder, (str, Path)):
-            encoder_config = AutoConfig.from_pretrained(encoder, revision=revision)
             loading = {"revision": revision, "attn_implementation": attn_implementation}
             loading |= {} if dtype is None else {"dtype": dtype}
-            if encoder_config.model_type == GCLConfig.model_type:
+            if model_type_of(encoder, revision) == GCLConfig.model_type:
                 gcl_config = GCLConfig.from_pretrained(encoder, revision=revision, **config)
                 model = cls.from_pretrained(encoder, config=gcl_config, **loading)
                 if config.get("logit_scale_init_value") is not None:
                     model.logit_scale.reset_()
                 return model
-            encoder = AutoModel.from_pretrained(encoder, **loading)
+            encoder = load_backbone(encoder, config.get("text_pooling"), **loading)
         if encoder.config.model_type == GCLConfig.model_type:
             raise ValueError("this encoder is a GCLModel already: use it as it is")
-        own_scale = getattr(encoder, "logit_scale", None)
-        if isinstance(own_scale, nn.Parameter):
+        own_scale = own_logit_scale(encoder)
+        if own_scale is not None:
             bound = config.get("max_logit_scale") or GCLConfig().max_logit_scale  # SigLIP's own lies above it
-            config.setdefault("logit_scale_init_value", min(own_scale.detach().float().exp().item(), bound))
+            config.setdefault("logit_scale_init_value", min(own_scale, bound))
         if measured and hasattr(encoder, "get_fused_features"):
             config["fusion"] = "native"
         # a copy: GCLConfig resets the attention implementation of its sub-configs, which the loaded encoder has chosen
@@ -195,7 +173,7 @@ class GCLModel(GCLPreTrainedModel):
     @property
     def dtype(self):
         """The towers' dtype; transformers takes the first parameter's, perhaps a temperature kept in float32."""
-        return self.towers["image"].dtype
+        return next(self.towers["image"].parameters()).dtype
 
     def get_input_embeddings(self):
         """The text tower's token embeddings."""
@@ -207,12 +185,12 @@ class GCLModel(GCLPreTrainedModel):
         return {"image": self.encoder.vision_model, "text": self.encoder.text_model}
 
     def train(self, mode=True):
-        """As `nn.Module.train`, but a tower that is frozen whole stays in eval mode: its dropout and batch
-        statistics must not move."""
+        """As `nn.Module.train`, but a tower or projection that is frozen whole stays in eval mode: its dropout and
+        batch statistics must not move."""
         super().train(mode)
-        for tower in self.towers.values():
-            if not any(parameter.requires_grad for parameter in tower.parameters()):
-                tower.eval()
+        for part in self.encoder.children():
+            if not any(parameter.requires_grad for parameter in part.parameters()):
+                part.eval()
         return self
 
     def get_image_features(self, pixel_values, **kwargs):

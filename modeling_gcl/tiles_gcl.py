@@ -4,13 +4,16 @@ Notable features:
 - memory of one tile: it is computed, exponentiated, summed and dropped; the gradient computes it again;
 - symmetric tiles: S[a,m] = S[m,a]ᵀ, so a panel of pairs against themselves is walked on and above its diagonal only;
   one tile gives row and column sums, and one weight matrix W = P + Pᵀ the gradients of both sides;
-- a bounded cache keeps tiles from the sums for the gradient.
+- a bounded cache keeps tiles from the sums for the gradient;
+- Matryoshka: one tile after another holds the logits of each cut of the embeddings, at the matrix products of one.
 """
 
 from itertools import chain, repeat
 from typing import NamedTuple
 
 import torch
+
+from .matryoshka_gcl import inverse_norms, parts
 
 TILE = {"cpu": 512}  # a tile, its weights and its embeddings stay in a core's cache
 TILE_ACCELERATOR = 4096  # few launches
@@ -19,11 +22,13 @@ DIAGONAL_PARTS = 4  # symmetry halves a tile on the diagonal only part by part: 
 
 class Pairs(NamedTuple):
     """What similarities need to know of n pairs: `embeds`, a sequence of M tensors (n, D), one a modality; `labels`, a
-    sequence of tensors (n,), pairs equal in any of them being no negatives; `semantic`, (n, S) unit rows, or None."""
+    sequence of tensors (n,), pairs equal in any of them being no negatives; `semantic`, (n, S) unit rows, or None;
+    `dims`, to which the embeddings are cut, from the smallest to D, or None: D alone."""
 
     embeds: tuple
     labels: tuple = ()
     semantic: torch.Tensor | None = None
+    dims: tuple | None = None
 
     def tensors(self):
         """All of them in one list, for the journey to another process."""
@@ -31,15 +36,15 @@ class Pairs(NamedTuple):
 
     @property
     def make(self):
-        """(M, number of labels), with which `of` puts `tensors()` together again."""
-        return len(self.embeds), len(self.labels)
+        """(M, number of labels, dims), with which `of` puts `tensors()` together again."""
+        return len(self.embeds), len(self.labels), self.dims
 
     @classmethod
     def of(cls, tensors, make):
         """Pairs of a list of tensors."""
-        (m, num_labels), tensors = make, tuple(tensors)
+        (m, num_labels, dims), tensors = make, tuple(tensors)
         semantic = tensors[m + num_labels :]
-        return cls(tensors[:m], tensors[m : m + num_labels], semantic[0] if semantic else None)
+        return cls(tensors[:m], tensors[m : m + num_labels], semantic[0] if semantic else None, dims)
 
     def select(self, rows):
         """Pairs of a slice of them."""
@@ -59,8 +64,9 @@ class Panel:
 
     def __init__(self, anchors, candidates, blocks, symmetric=False):
         self.anchors, self.candidates = anchors, candidates
-        self.rows, self.row_labels, self.row_semantic = anchors
-        self.cols, self.col_labels, self.col_semantic = candidates
+        self.rows, self.row_labels, self.row_semantic, dims = anchors
+        self.cols, self.col_labels, self.col_semantic, _ = candidates
+        self.dims = dims or (self.rows[0].shape[1],)
         self.blocks, self.symmetric = blocks, symmetric
 
     def transposed(self):
@@ -100,34 +106,37 @@ def add_sums(panel, scale, shift, row_sums, col_sums, cache):
     Args:
         panel (`Panel`): all float32 or all float64.
         scale, shift (`float`): S = scale·cosine.
-        row_sums (`torch.Tensor` of shape `(M, M, R)`): [a, m, r] is of anchor r in a over candidates in m.
-        col_sums (`torch.Tensor` of shape `(M, M, C)`, or None): [m, a, c] is of candidate c in m over anchors in a.
-            `row_sums` itself where the panel is symmetric; None if not wanted.
+        row_sums (`torch.Tensor` of shape `(K, M, M, R)`): [k, a, m, r] is of anchor r in a over candidates in m, cut to
+            the k-th of the panel's dims.
+        col_sums (`torch.Tensor` of shape `(K, M, M, C)`, or None): [k, m, a, c] is of candidate c in m over anchors in
+            a. `row_sums` itself where the panel is symmetric; None if not wanted.
         cache (`TileCache`): is offered every tile.
     """
     tiles = _Tiles(panel)
     for a, rows, m, cols in tiles:
-        tile = tiles.logits(scale, a, rows, m, cols)
-        if shift:
-            tile.sub_(shift)
-        tile.exp_()
-        row_sums[a, m, rows] += tile.sum(1)
-        if col_sums is not None and not tiles.is_own_transpose(a, rows, m, cols):
-            col_sums[m, a, cols] += tile.sum(0)
-        if cache.bytes_left > 0:
-            if tiles.is_scaled_by_meaning(a, m):
-                tile.mul_(tiles.repulsion(rows, cols))
-            cache.offer(tile)
+        by_col = col_sums is not None and not tiles.is_own_transpose(a, rows, m, cols)
+        for k, tile in enumerate(tiles.logits(scale, a, rows, m, cols)):
+            if shift:
+                tile.sub_(shift)
+            tile.exp_()
+            row_sums[k, a, m, rows] += tile.sum(1)
+            if by_col:
+                col_sums[k, m, a, cols] += tile.sum(0)
+            if cache.bytes_left > 0:
+                if tiles.is_scaled_by_meaning(a, m):
+                    tile.mul_(tiles.repulsion(rows, cols))
+                cache.offer(tile)
 
 
 def add_logsumexps(panel, scale, row_logs, col_logs):
     """As `add_sums` for rows of any norm: log-sum-exps, added in log space, at twice the exps."""
     tiles = _Tiles(panel)
     for a, rows, m, cols in tiles:
-        tile = tiles.logits(scale, a, rows, m, cols)
-        _add_log(row_logs[a, m, rows], tile.logsumexp(1))
-        if col_logs is not None and not tiles.is_own_transpose(a, rows, m, cols):
-            _add_log(col_logs[m, a, cols], tile.logsumexp(0))
+        by_col = col_logs is not None and not tiles.is_own_transpose(a, rows, m, cols)
+        for k, tile in enumerate(tiles.logits(scale, a, rows, m, cols)):
+            _add_log(row_logs[k, a, m, rows], tile.logsumexp(1))
+            if by_col:
+                _add_log(col_logs[k, m, a, cols], tile.logsumexp(0))
 
 
 def add_weighted(panel, scale, shift, row_ratios, col_ratios, row_grads, col_grads, cached, bf16):
@@ -136,19 +145,20 @@ def add_weighted(panel, scale, shift, row_ratios, col_ratios, row_grads, col_gra
 
     Args:
         panel, scale, shift: as for `add_sums`.
-        row_ratios (`torch.Tensor` of shape `(M, M, R)`), col_ratios (`(M, M, C)`): gradient from above by sum.
+        row_ratios (`torch.Tensor` of shape `(K, M, M, R)`), col_ratios (`(K, M, M, C)`): gradient from above by sum.
         row_grads (sequence of M `torch.Tensor` of shape `(R, D)`, or None), col_grads (likewise with C): None where no
-            gradient is wanted; the same object where the panel is symmetric.
+            gradient is wanted; the same object where the panel is symmetric. For K > 1 of shape `(R, D + K)`: the norms
+            of the cut embeddings count as constants, and the last K columns get Σ W ∘ cosines of each cut.
         cached (iterator): what `replay` gives, at this panel's first tile.
         bf16 (`bool`): products in bfloat16.
     """
 
-    def weigh(tiles, tile, fresh, weights, a, rows, m, cols):
+    def weigh(tile, fresh, weights, k, a, rows, m, cols):
         if fresh:
             if shift:
                 tile.sub_(shift)
             tile.exp_()
-        torch.add(row_ratios[a, m, rows, None], col_ratios[m, a, None, cols], out=weights).mul_(tile)
+        torch.add(row_ratios[k, a, m, rows, None], col_ratios[k, m, a, None, cols], out=weights).mul_(tile)
 
     _add_products(panel, scale, weigh, row_grads, col_grads, cached, bf16)
 
@@ -156,9 +166,9 @@ def add_weighted(panel, scale, shift, row_ratios, col_ratios, row_grads, col_gra
 def add_weighted_by_logs(panel, scale, row_logs, col_logs, row_above, col_above, row_grads, col_grads, bf16):
     """As `add_weighted` with log-sum-exps (from `add_logsumexps`) and gradients from above, at twice the exps."""
 
-    def weigh(tiles, tile, fresh, weights, a, rows, m, cols):
-        torch.sub(tile, row_logs[a, m, rows, None], out=weights).exp_().mul_(row_above[a, m, rows, None])
-        weights.add_(tile.sub_(col_logs[m, a, cols]).exp_().mul_(col_above[m, a, cols]))
+    def weigh(tile, fresh, weights, k, a, rows, m, cols):
+        torch.sub(tile, row_logs[k, a, m, rows, None], out=weights).exp_().mul_(row_above[k, a, m, rows, None])
+        weights.add_(tile.sub_(col_logs[k, m, a, cols]).exp_().mul_(col_above[k, m, a, cols]))
 
     _add_products(panel, scale, weigh, row_grads, col_grads, repeat(None), bf16)
 
@@ -168,22 +178,33 @@ def _add_products(panel, scale, weigh, row_grads, col_grads, cached, bf16):
     tiles = _Tiles(panel)
     row_factors, col_factors = ([x.bfloat16() if bf16 else x for x in side] for side in (panel.rows, panel.cols))
     for a, rows, m, cols in tiles:
-        tile = next(cached)
+        kept = next(cached)
         by_row = row_grads[a] is not None
         by_col = col_grads is not None and col_grads[m] is not None and not tiles.is_own_transpose(a, rows, m, cols)
         if not (by_row or by_col):
             continue
-        weights = tiles.buffer("weights", rows, cols)
-        fresh = tile is None
-        weigh(tiles, tiles.logits(scale, a, rows, m, cols) if fresh else tile, fresh, weights, a, rows, m, cols)
-        if fresh and tiles.is_scaled_by_meaning(a, m):
-            weights.mul_(tiles.repulsion(rows, cols))
-        if bf16:
-            weights = weights.bfloat16()
-        if by_row:
-            _add_product(row_grads[a][rows], weights, col_factors[m][cols])
-        if by_col:
-            _add_product(col_grads[m][cols], weights.T, row_factors[a][rows])
+        fresh = kept is None
+        weights = [tiles.buffer(f"weights {k}", rows, cols) for k in range(len(panel.dims))]
+        for k, tile in enumerate(tiles.logits(scale, a, rows, m, cols) if fresh else [kept]):
+            weigh(tile, fresh, weights[k], k, a, rows, m, cols)
+            if fresh and tiles.is_scaled_by_meaning(a, m):
+                weights[k].mul_(tiles.repulsion(rows, cols))
+            if len(panel.dims) > 1:
+                weights[k].mul_(tiles.row_inverses[a][k, rows, None]).mul_(tiles.col_inverses[m][k, cols])
+                inner = torch.mul(weights[k], tiles.products(rows, cols), out=tile)
+                column = panel.dims[-1] + k
+                if by_row:
+                    row_grads[a][rows, column] += inner.sum(1)
+                if by_col:
+                    col_grads[m][cols, column] += inner.sum(0)
+        total = None
+        for part, own in reversed(list(zip(parts(panel.dims), weights))):
+            total = own if total is None else total.add_(own)  # of all cuts that these entries take part in
+            factor = total.bfloat16() if bf16 else total
+            if by_row:
+                _add_product(row_grads[a][rows, part], factor, col_factors[m][cols, part])
+            if by_col:
+                _add_product(col_grads[m][cols, part], factor.T, row_factors[a][rows, part])
 
 
 class _Tiles:
@@ -195,6 +216,9 @@ class _Tiles:
         self.tile = TILE.get(like.device.type, TILE_ACCELERATOR)
         self.new_empty = like.new_empty
         self.buffers, self.hidden_of, self.repulsion_of = {}, None, None
+        if len(panel.dims) > 1:
+            self.row_inverses = [inverse_norms(x, panel.dims) for x in panel.rows]
+            self.col_inverses = [inverse_norms(x, panel.dims) for x in panel.cols]
 
     def __iter__(self):
         """Yield (a, rows, m, cols): each wanted pair of entries once; of a symmetric panel, not its transposed again.
@@ -233,10 +257,27 @@ class _Tiles:
         return self.buffers[name][:numel].view(shape)
 
     def logits(self, scale, a, rows, m, cols):
-        """Tile of s·E_a E_mᵀ, -inf where the candidate is no negative; valid until the next call."""
+        """Yield for each of the panel's dims the tile of s·E_a E_mᵀ, -inf where the candidate is no negative; valid
+        until the next."""
         anchors, candidates = self.panel.rows[a][rows], self.panel.cols[m][cols]
         tile = self.buffer("tile", rows, cols)
-        tile.addmm_(anchors, candidates.T, beta=0, alpha=scale)
+        if len(self.panel.dims) == 1:
+            tile.addmm_(anchors, candidates.T, beta=0, alpha=scale)
+            yield self.without_hidden(tile, a, rows, m, cols)
+            return
+        products = self.products(rows, cols)
+        for k, part in enumerate(parts(self.panel.dims)):
+            products.addmm_(anchors[:, part], candidates[:, part].T, beta=min(k, 1))
+            torch.mul(products, self.col_inverses[m][k, cols], out=tile)
+            tile.mul_(scale * self.row_inverses[a][k, rows, None])
+            yield self.without_hidden(tile, a, rows, m, cols)
+
+    def products(self, rows, cols):
+        """Tile of E_a E_mᵀ up to the cut that `logits` has come to."""
+        return self.buffer("products", rows, cols)
+
+    def without_hidden(self, tile, a, rows, m, cols):
+        """Logits of products, in place: times the repulsion, and -inf where the candidate is no negative."""
         if self.is_scaled_by_meaning(a, m):
             tile.mul_(self.repulsion(rows, cols))
         if self.panel.symmetric and rows == cols:

@@ -76,6 +76,7 @@ class CardFacts:
         parameters: `{"total": int, "trainable": int}`.
         embedding_dim: D.
         seed: of the training run.
+        matryoshka_dims: dimensions that embeddings were trained to be cut to, falling from D; empty: D alone.
         base_model_ids: Hub ids of the pretrained models inside, for the metadata.
         eval_data: the pairs evaluated on; given together with `results_after`, or neither.
         results_before, results_after: what `evaluation.pairs.evaluate_pairs` returned; the first is optional.
@@ -99,6 +100,7 @@ class CardFacts:
     embedding_dim: int
     seed: int
     base_model_ids: list[str] = field(default_factory=list)
+    matryoshka_dims: list[int] = field(default_factory=list)
     eval_data: DataSource | dict | None = None
     results_before: dict | None = None
     results_after: dict | None = None
@@ -143,6 +145,7 @@ def write_model_card(folder: str | Path, facts: CardFacts) -> Path:
 def check_facts(facts: CardFacts) -> None:
     """Raises ValueError where a fact is missing or does not go with another."""
     optional = {"base_model_ids", "eval_data", "results_before", "results_after", "pictures", "licence_note"}
+    optional |= {"matryoshka_dims"}
     for each in fields(facts):
         value = getattr(facts, each.name)
         if each.name not in optional and (value is None or value in ("", [], {})):

@@ -1,10 +1,16 @@
 """Fixtures for every room."""
 
+import shutil
+
 import pytest
+import torch
+import vista_originals
 import yaml
 from backbones import BACKBONES, tiny_encoder, tiny_processor, word_tokenizer
 from training_runs import write_parquet
 from transformers import CLIPProcessor
+
+from publishing.vista import convert_vista
 
 
 @pytest.fixture(params=BACKBONES)
@@ -20,6 +26,18 @@ def clip_folder(tmp_path_factory):
     tiny_encoder("clip").save_pretrained(folder)
     CLIPProcessor(tiny_processor("clip").image_processor, word_tokenizer()).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vista_folder(tmp_path_factory):
+    """The checkpoint of the VISTA fixture, two of BERT's layers under the whole EVA02 tower, converted; 420 MB."""
+    folder = tmp_path_factory.mktemp("vista")
+    torch.save(vista_originals.fixture_state(), folder / "original.pth")
+    vista_originals.tiny_tokenizer("base", 81).save_pretrained(folder / "tokenizer")
+    convert_vista(folder / "original.pth", folder / "converted", tokenizer=folder / "tokenizer")
+    (folder / "original.pth").unlink()
+    yield folder / "converted"
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

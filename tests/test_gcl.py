@@ -40,6 +40,22 @@ def test_evaluate_pairs_writes_what_it_prints(model_folder, tmp_path, monkeypatc
         assert (tmp_path / "out" / name).stat().st_size > 1000
 
 
+def test_embeddings_are_cut_when_asked(model_folder, tmp_path, monkeypatch, capsys):
+    data = write_parquet(tmp_path / "pairs.parquet", 12)
+    stored = json.loads((model_folder / "config.json").read_text())
+    (model_folder / "config.json").write_text(json.dumps(stored | {"matryoshka_dims": [24, 6]}))
+    for name, options in {"whole": (), "6": ("--truncate-dim", 6), "7": ("--truncate-dim", 7)}.items():
+        assert run(monkeypatch, "evaluate", "pairs", model_folder, data, *options, "--out", tmp_path / name) == 0
+        warned = "was trained for [24, 6] dimensions, not to be cut to 7" in capsys.readouterr().err
+        assert warned == (name == "7")
+    whole, cut = (PairEmbeddings.load(tmp_path / name / "embeddings.safetensors") for name in ("whole", "6"))
+    assert json.loads((tmp_path / "6" / "results.json").read_text())["truncate_dim"] == 6
+    for role in ("queries", "candidates"):
+        for name, matrix in getattr(cut, role).items():
+            expected = torch.nn.functional.normalize(torch.tensor(getattr(whole, role)[name][:, :6]), dim=-1)
+            torch.testing.assert_close(torch.tensor(matrix), expected, atol=1e-6, rtol=1e-5)
+
+
 def test_centring_takes_its_means_from_other_pairs(model_folder, tmp_path, monkeypatch):
     data, calibration = write_parquet(tmp_path / "a.parquet", 12), write_parquet(tmp_path / "b.parquet", 20, seed=9)
     run(monkeypatch, "evaluate", "pairs", model_folder, data, "--out", tmp_path / "plain")

@@ -40,7 +40,7 @@ def parameter_counts(model):
     """
     part_of = {id(p): f"{name} tower" for name, tower in model.towers.items() for p in tower.parameters()}
     part_of.update({id(p): "fusion" for p in model.fusion.parameters()})
-    part_of.update({id(p): "logit_scale" for name, p in model.named_parameters() if "logit_" in name})
+    part_of.update({id(p): "logit_scale" for name, p in model.named_parameters() if _is_temperature(name)})
     counts = {}
     for parameter in model.parameters():
         for part in (part_of.get(id(parameter), "projections"), "total"):
@@ -57,3 +57,7 @@ def parameter_table(model):
         trained = f"{count['trained']:,}" if count["trained"] else "frozen"
         lines.append(f"{part:<14}{count['parameters']:>14,}{trained:>14}")
     return "\n".join(lines)
+
+
+def _is_temperature(name):
+    return "logit_" in name or name == "encoder.temperature"

@@ -3,7 +3,8 @@
 Notable features:
 - the loss is computed on the embeddings of all ranks, with the gradient of one process on the whole batch;
 - every step is GradCache's: with `grad_cache_chunk` a batch of any size, without it the plain step, of one chunk;
-- the loss of every direction, 1/τ, the gradient norm and the shares of data, encoder and loss in the time are logged;
+- the loss of every direction (and cut, with `matryoshka_dims`), 1/τ, the gradient norm and the shares of data, encoder
+  and loss in the time are logged;
 - embeddings that are not finite stop the run, with the step and what to change;
 - `evaluate` runs `evaluation.pairs` instead of a loss over an eval loader.
 """
@@ -19,6 +20,7 @@ from transformers import Trainer
 
 from evaluation.pairs import embed_pairs, evaluate_embeddings
 from modeling_gcl import alignclip_loss, contrastive_loss, gcl_loss
+from modeling_gcl.matryoshka_gcl import cuts_and_shares
 
 from .batch_plan import BatchPlan, accumulation_for, negatives_per_query
 from .callbacks import BatchSizeCallback, BrokenImagesCallback, DataEpochCallback, LogitScaleCallback
@@ -66,6 +68,7 @@ class GCLTrainer(Trainer):
         self.args.eval_on_start = self.args.eval_on_start and self.eval_dataset is not None
         self.broken_images = BrokenImages(len(self.train_dataset or ()), max_broken_share)
         self.processes = Processes(self.accelerator.device, half_ring=self.args.half_ring)
+        self._cuts = self._matryoshka_cuts()
         self._check_fusion()
         self._check_grad_cache()
         self._chunk_that_fits = None
@@ -90,6 +93,13 @@ class GCLTrainer(Trainer):
         self._terms.clear()
         self._num_steps = 0
         self.timer.pop_shares()
+        config = self.accelerator.unwrap_model(self.model).config
+        if config.matryoshka_dims and self._cuts is None:
+            logger.warning(
+                f"the model was trained to be cut to {config.matryoshka_dims} dimensions; this training minds the "
+                "whole alone, and the saved model will not name them: see training.matryoshka_dims"
+            )
+        config.matryoshka_dims = self._cuts
         return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -202,6 +212,17 @@ class GCLTrainer(Trainer):
             measure=self.timer.measure,
         )
 
+    def _matryoshka_cuts(self):
+        """The dimensions that embeddings are trained to be cut to, falling from D; None: D alone."""
+        args = self.args
+        if args.matryoshka_dims is None:
+            return None
+        try:
+            cuts = cuts_and_shares(args.matryoshka_dims, args.matryoshka_weights, self.model.config.projection_dim)
+        except ValueError as error:
+            raise ValueError(f"training.{error}") from error
+        return sorted(cuts, reverse=True)
+
     def _check_fusion(self):
         fusion = getattr(self.model, "fusion", None)
         if self.args.loss != "gcl" and fusion is not None and any(p.requires_grad for p in fusion.parameters()):
@@ -285,6 +306,7 @@ class GCLTrainer(Trainer):
         return self.accelerator.gather(torch.tensor([number], device=self.args.device)).tolist()
 
     def _loss(self, *embeds_and_scale, **batch):
+        batch |= {name: getattr(self.args, name) for name in ("matryoshka_dims", "matryoshka_weights")}
         if self.args.loss == "cl":
             return contrastive_loss(*embeds_and_scale, return_terms=True, **batch)
         if self.args.loss == "alignclip":
@@ -304,7 +326,7 @@ class GCLTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if "logit_scale" not in name]
 
     def log(self, logs, *args, **kwargs):
-        """As Trainer's, with the means since the last entry of each direction's loss and of 1/τ, and `StepTimer`'s."""
+        """As Trainer's, with the means since the last entry of each term of the loss and of 1/τ, and `StepTimer`'s."""
         if "loss" in logs:
             logs |= {name: torch.stack(values).sum().item() / self._num_steps for name, values in self._terms.items()}
             logs |= self.timer.pop_shares()

@@ -55,6 +55,12 @@ class GCLTrainingArguments(TrainingArguments):
             Leave items with the anchor's caption (case and spacing aside) out of its negatives.
         separation_weight (`float`, *optional*, defaults to 0.5):
             Weight of the intra-modality separation of `"alignclip"`.
+        matryoshka_dims (`list[int]`, *optional*):
+            Train embeddings to be of use when cut to their first 256, 128, ... dimensions too (arXiv 2205.13147): the
+            loss is the mean over these cuts. In any order; the whole dimension takes part also if it is not named.
+        matryoshka_weights (`list[float]`, *optional*):
+            Weights of the cuts in that mean, one for each of `matryoshka_dims`. null: equal weights. A whole dimension
+            that is not named weighs 1.
 
         > Batch
 
@@ -144,6 +150,8 @@ class GCLTrainingArguments(TrainingArguments):
     mask_equal_ids: bool = True
     mask_equal_captions: bool = True
     separation_weight: float = 0.5
+    matryoshka_dims: list[int] | None = None
+    matryoshka_weights: list[float] | None = None
     grad_cache_chunk: int | None = None
     effective_batch_size: int | None = None
     half_ring: bool = False
@@ -175,6 +183,7 @@ class GCLTrainingArguments(TrainingArguments):
         one_of("training.loss", self.loss, LOSSES)
         one_of("training.denominator", self.denominator, DENOMINATORS)
         self._check_direction_weights()
+        self._check_matryoshka()
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = default_num_workers(self.use_cpu)
         self._check_numbers()
@@ -237,6 +246,19 @@ class GCLTrainingArguments(TrainingArguments):
                 raise ValueError(f"training.direction_weights[{direction}] is {weight}: use a number of at least 0")
         if all(self.direction_weights.get(direction, 1.0) == 0 for direction in DIRECTIONS):
             raise ValueError("training.direction_weights are all 0: there would be nothing to train")
+
+    def _check_matryoshka(self):
+        dims, weights = self.matryoshka_dims, self.matryoshka_weights
+        if dims is None:
+            if weights is not None:
+                raise ValueError("training.matryoshka_weights has no effect without training.matryoshka_dims")
+            return
+        if not dims or min(dims) < 1 or len(set(dims)) < len(dims):
+            raise ValueError(f"training.matryoshka_dims is {dims}: name each dimension once, 1 at least")
+        if weights is not None and len(weights) != len(dims):
+            raise ValueError(f"training.matryoshka_weights is {weights}: give one weight for each of {dims}")
+        for weight in weights or ():
+            positive("training.matryoshka_weights", weight)
 
 
 def default_num_workers(use_cpu: bool) -> int:

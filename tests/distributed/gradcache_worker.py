@@ -25,6 +25,7 @@ CASES = {
     "cl": ({"loss": "cl"}, None),
     "alignclip": ({"loss": "alignclip"}, None),
     "half ring": ({"half_ring": True}, None),
+    "matryoshka": ({"matryoshka_dims": [3, 8]}, None),
     "weighted": ({"direction_weights": {"i->t": 2.0, "t->it": 0.5}, "denominator": "without_other_positive"}, None),
     "short in the first chunk": ({}, ("model", 0)),
     "short where a graph is kept": ({}, ("model", 5)),
@@ -43,7 +44,7 @@ def build(processes, chunk=2, **settings):
 
 def run_short(trainer, part, calls):
     """Let the last rank's model or backward fail at these calls; the model inside, as it would in earnest."""
-    owner, name = (trainer.model, "get_image_features") if part == "model" else (trainer.grad_cache, "backward")
+    owner, name = (trainer.model.encoder, "get_image_features") if part == "model" else (trainer.grad_cache, "backward")
     inner, seen = getattr(owner, name), []
 
     def outer(*args, **kwargs):

@@ -27,6 +27,7 @@ SWITCHES = {
     "alignclip": ("alignclip_loss", {"separation_weight": 0.7}),
     "alignclip_semantic": ("alignclip_loss", {"semantic_embeds": True}),
 }
+MATRYOSHKA = {"matryoshka_dims": [5, 2], "matryoshka_weights": [0.5, 2.0]}
 LABELS = {"none": (), "ids": ("ids",), "both": ("ids", "caption_ids")}
 
 
@@ -49,13 +50,14 @@ def arguments(switch, embeds, labels, semantic, rows=slice(None)):
     return name, leaves, options | {key: x[rows] for key, x in labels.items()}
 
 
-def check(switch, sizes, dtype, half_ring, label_names, scale=20.0, tolerance=None, **more):
+def check(switch, sizes, dtype, half_ring, label_names, scale=20.0, tolerance=None, matryoshka=None, **more):
     """Loss, terms, gradient of the own rows, and the scale's gradient averaged over ranks, against one process."""
     embeds, labels, semantic = batch(sizes, dtype)
     labels = {name: labels[name] for name in label_names}
     start = sum(sizes[: dist.get_rank()])
     rows = slice(start, start + sizes[dist.get_rank()])
     name, leaves, options = arguments(switch, embeds, labels, semantic, rows)
+    options |= matryoshka or {}
     s = torch.tensor(scale, dtype=dtype, requires_grad=True)
     processes = Processes(half_ring=half_ring)
     loss, terms = getattr(loss_gcl, name)(*leaves, s, return_terms=True, processes=processes, **options, **more)
@@ -64,6 +66,7 @@ def check(switch, sizes, dtype, half_ring, label_names, scale=20.0, tolerance=No
 
     exact = [x.double() for x in embeds], labels, semantic.double()
     name, whole, options = arguments(switch, *exact)
+    options |= matryoshka or {}
     s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
     expected, expected_terms = getattr(dense_loss, name)(*whole, s, return_terms=True, **options)
     *whole_grads, whole_from_scale = torch.autograd.grad(expected, [*whole, s])
@@ -75,7 +78,7 @@ def check(switch, sizes, dtype, half_ring, label_names, scale=20.0, tolerance=No
     for got, want in pairs:
         torch.testing.assert_close(
             got.double(), want.double(), atol=tolerance, rtol=tolerance,
-            msg=lambda m: f"{switch}, sizes {sizes}, {dtype}, half_ring={half_ring}, {label_names}, {more}: {m}",
+            msg=lambda m: f"{switch}, {sizes}, {dtype}, half_ring={half_ring}, {label_names}, {matryoshka}{more}: {m}",
         )  # fmt: skip
     return 1
 
@@ -130,6 +133,12 @@ def check_errors():
     count += raises(ValueError, "processes must agree on half_ring", processes=Processes(half_ring=True))
     count += raises(ValueError, "processes must agree on denominator", denominator="target")
     count += raises(ValueError, "processes must agree on logit_scale", logit_scale=21.0)
+    count += raises(ValueError, "processes must agree on matryoshka_dims", matryoshka_dims=[3])
+    count += raises(ValueError, at_fault + "matryoshka_dims holds 9", matryoshka_dims=[9])
+    cut_to_nothing = F.normalize(good * torch.tensor([0.0, 0, 1, 1, 1, 1, 1]), dim=-1)
+    count += raises(
+        ValueError, at_fault + "image_embeds can't be cut to 2", matryoshka_dims=[2], image_embeds=cut_to_nothing
+    )
     narrow = F.normalize(good[:, :5], dim=-1)
     thin = dict.fromkeys(("image_embeds", "text_embeds", "fused_embeds"), narrow)
     count += raises(ValueError, "processes must agree on embedding size", **thin)
@@ -150,6 +159,15 @@ def main(folder):
                 for labels in LABELS.values():
                     for sizes in layouts.values():
                         count += check(switch, sizes, dtype, half_ring, labels)
+        # rows cut to 2 of 7 entries have small norms, by which rounding is divided
+        for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+            for switch in SWITCHES:
+                for sizes in layouts.values():
+                    count += check(
+                        switch, sizes, dtype, half_ring, ("ids",), tolerance=tolerance, matryoshka=MATRYOSHKA
+                    )
+        far = {"scale": 3000.0, "tolerance": 1e-10, "matryoshka": MATRYOSHKA}
+        count += check("gcl", layouts["ragged"], torch.float64, half_ring, ("ids",), **far)
         # the shift underflows: log-sum-exps instead
         count += check("gcl", layouts["ragged"], torch.float32, half_ring, (), scale=3000.0, tolerance=2e-2)
         count += check("gcl", layouts["ragged"], torch.float64, half_ring, ("ids",), scale=3000.0, tolerance=1e-10)

@@ -3,6 +3,8 @@
 Same arguments and results. Compared in float64; `test_loss_gcl.py` holds the tiles themselves against slower loops.
 """
 
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 
@@ -10,6 +12,32 @@ DIRECTIONS = ("i->t", "t->i", "i->it", "it->i", "t->it", "it->t")
 DENOMINATORS = ("all", "without_other_positive", "target")
 
 
+def _matryoshka(loss_of):
+    """The same loss with `matryoshka_dims` and `matryoshka_weights`: once for each dimension, by its own call."""
+
+    @wraps(loss_of)
+    def loss_of_cuts(*arguments, matryoshka_dims=None, matryoshka_weights=None, return_terms=False, **options):
+        *embeds, scale = arguments
+        if matryoshka_dims is None:
+            return loss_of(*embeds, scale, return_terms=return_terms, **options)
+        weights = dict(zip(matryoshka_dims, matryoshka_weights or [1.0] * len(matryoshka_dims)))
+        weights.setdefault(embeds[0].shape[1], 1.0)
+        if loss_of.__name__ == "alignclip_loss" and options.get("semantic_embeds") is None:
+            options["semantic_embeds"] = embeds[1]
+        total, total_terms, each = 0.0, {}, {}
+        for d, weight in weights.items():
+            cut = embeds if d == embeds[0].shape[1] else [F.normalize(x[:, :d], dim=-1) for x in embeds]
+            loss, terms = loss_of(*cut, scale, return_terms=True, **options)
+            share = weight / sum(weights.values())
+            total = total + share * loss
+            total_terms = {name: total_terms.get(name, 0.0) + share * term for name, term in terms.items()}
+            each[f"dim_{d}"] = loss.detach()
+        return (total, total_terms | (each if len(each) > 1 else {})) if return_terms else total
+
+    return loss_of_cuts
+
+
+@_matryoshka
 def gcl_loss(
     image_embeds,
     text_embeds,
@@ -29,6 +57,7 @@ def gcl_loss(
     return _weighted_mean(terms, direction_weights, return_terms)
 
 
+@_matryoshka
 def contrastive_loss(image_embeds, text_embeds, logit_scale, *, ids=None, caption_ids=None, return_terms=False):
     """As `modeling_gcl.contrastive_loss`, in O(N²) memory."""
     embeds = {"i": image_embeds, "t": text_embeds}
@@ -36,6 +65,7 @@ def contrastive_loss(image_embeds, text_embeds, logit_scale, *, ids=None, captio
     return _weighted_mean(terms, None, return_terms)
 
 
+@_matryoshka
 def alignclip_loss(
     image_embeds,
     text_embeds,

@@ -188,9 +188,10 @@ def kernels_everywhere(monkeypatch):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("loss", ["gcl_loss", "contrastive_loss", "alignclip_loss"])
-def test_losses_on_the_kernels(loss, dtype, tolerance, kernels_everywhere):
+@pytest.mark.parametrize("dims", [None, [8, 3]])
+def test_losses_on_the_kernels(loss, dims, dtype, tolerance, kernels_everywhere):
     embeds = make_panel(rows=21, dim=12, modalities=3, dtype=dtype).rows[: 3 if loss == "gcl_loss" else 2]
-    labels = {"ids": torch.arange(21) % 15}
+    labels = {"ids": torch.arange(21) % 15, "matryoshka_dims": dims}
 
     def results(module, dtype):
         leaves = [x.to(dtype).requires_grad_() for x in embeds]

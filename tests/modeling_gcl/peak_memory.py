@@ -1,6 +1,6 @@
 """Print the peak resident bytes of one loss, forward and backward, beyond embeddings and gradients; and theirs.
 
-Usage: python tests/modeling_gcl/peak_memory.py gcl|masked|alignclip NUM_PAIRS DIM
+Usage: python tests/modeling_gcl/peak_memory.py gcl|masked|alignclip|matryoshka NUM_PAIRS DIM
 """
 
 import re
@@ -28,6 +28,8 @@ def step(loss, n, d):
         result = gcl_loss(*embeds, 20.0)
     elif loss == "masked":
         result = gcl_loss(*embeds, 20.0, ids=torch.arange(n) // 5, caption_ids=torch.arange(n) % (n // 2))
+    elif loss == "matryoshka":
+        result = gcl_loss(*embeds, 20.0, matryoshka_dims=[d // 2, d // 4, d // 8])
     else:
         result = alignclip_loss(*embeds[:2], 20.0)
     result.backward()

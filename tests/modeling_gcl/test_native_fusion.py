@@ -12,6 +12,7 @@ from modeling_gcl.configuration_vista import VistaConfig
 from modeling_gcl.modeling_vista import VistaModel
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+TOWER |= {"initializer_range": 0.3}  # lively enough to learn within seconds
 TEXT = TOWER | {"model_type": "bert", "vocab_size": 30, "max_position_embeddings": 24}
 VISION = TOWER | {"model_type": "eva02_clip_vision", "image_size": 32, "patch_size": 16}
 ROWS = [{"image": random_image(0)}, "a red dog", {"image": random_image(1), "text": "a cat"}]
@@ -92,13 +93,13 @@ def test_centring_has_a_mean_of_its_own_for_fused_rows(inputs):
 
 def test_it_trains_saves_and_loads(tmp_path, inputs):
     model = tiny_vista(logit_scale_init_value=10.0)
-    trainer = make_trainer(tmp_path, model=model, learning_rate=0.01)
+    trainer = make_trainer(tmp_path, model=model, num_train_epochs=10, optim="adamw_torch", learning_rate=2e-3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer.train()
     still = {name for name, p in model.named_parameters() if p.requires_grad and torch.equal(p, before[name])}
     assert not still
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0]
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])  # the last epoch and the first
     model.eval().save_pretrained(tmp_path / "model")
     loaded = AutoModel.from_pretrained(tmp_path / "model").eval()
     with torch.no_grad():

@@ -22,7 +22,7 @@ def random_embeds(n, d, seed=0, dtype=torch.float64, num=3):
 
 def dense_blocks(embeds, scale, hidden):
     logits = scale * torch.stack([torch.stack([a @ m.T for m in embeds]) for a in embeds])
-    return logits.masked_fill(hidden, -torch.inf).logsumexp(-1)
+    return logits.masked_fill(hidden, -torch.inf).logsumexp(-1)[None]
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_shift_where_it_is_safe_else_the_running_maximum(dtype, scale, norm, exa
     embeds = [(norm * x).to(dtype) for x in random_embeds(37, 4)]
     exact_embeds = [x.double().requires_grad_() for x in embeds]
     embeds = [x.requires_grad_() for x in embeds]
-    negatives, _ = block_logsumexp(embeds, torch.tensor(scale, dtype=dtype), EVERY_BLOCK)
+    negatives, _ = block_logsumexp(embeds, torch.tensor(scale, dtype=dtype), EVERY_BLOCK, [4])
     assert negatives.grad_fn.exact == exact
     expected = dense_blocks(exact_embeds, scale, torch.eye(37, dtype=torch.bool))
     rounding = 1e-12 if dtype == torch.float64 else 1e-6
@@ -56,12 +56,12 @@ def test_anchors_without_negatives_are_finite_and_pull_on_nothing():
     embeds = [x.requires_grad_() for x in random_embeds(6, 4)]
     labels = [torch.tensor([0, 0, 0, 1, 2, 2]), torch.tensor([5, 6, 7, 5, 5, 6])]  # pair 0 is like 1, 2 and 3, 4
     hidden = (labels[0][:, None] == labels[0]) | (labels[1][:, None] == labels[1])
-    negatives, cosines = block_logsumexp(embeds, torch.tensor(9.0).double(), EVERY_BLOCK, labels=labels)
+    negatives, cosines = block_logsumexp(embeds, torch.tensor(9.0).double(), EVERY_BLOCK, [4], labels=labels)
     expected = dense_blocks(embeds, 9.0, hidden)
     finite = expected.isfinite()
     torch.testing.assert_close(negatives[finite], expected[finite], rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(cosines[0, 2], (embeds[0] * embeds[2]).sum(-1))
-    alone, _ = block_logsumexp([x[:1] for x in embeds], torch.tensor(9.0).double(), EVERY_BLOCK)
+    torch.testing.assert_close(cosines[0, 0, 2], (embeds[0] * embeds[2]).sum(-1))
+    alone, _ = block_logsumexp([x[:1] for x in embeds], torch.tensor(9.0).double(), EVERY_BLOCK, [4])
     assert (alone < -1e300).all() and alone.isfinite().all()
     for gradient in torch.autograd.grad(alone.exp().sum(), embeds):
         assert not gradient.any()
@@ -69,7 +69,9 @@ def test_anchors_without_negatives_are_finite_and_pull_on_nothing():
 
 def test_nothing_is_kept_without_gradient():
     with torch.no_grad():
-        negatives, _ = block_logsumexp(random_embeds(6, 4), torch.tensor(9.0).double(), EVERY_BLOCK, cache_bytes=10**9)
+        negatives, _ = block_logsumexp(
+            random_embeds(6, 4), torch.tensor(9.0).double(), EVERY_BLOCK, [4], cache_bytes=10**9
+        )
     assert negatives.grad_fn is None
 
 
@@ -97,10 +99,11 @@ def test_flops_at_four_thousand_pairs():
         (lambda *x: gcl_loss(*x, intra_modality=False), 3, 24),
         (lambda *x: gcl_loss(*x, denominator="target"), 3, 24),
         (lambda *x: gcl_loss(*x, cache_bytes=10**9), 3, 27),
+        (lambda *x: gcl_loss(*x, matryoshka_dims=[8, 4, 2]), 3, 36),
         (contrastive_loss, 2, 8),
         (alignclip_loss, 2, 18),
     ],
-    ids=["gcl", "no_intra", "target", "all_tiles_kept", "cl", "alignclip"],
+    ids=["gcl", "no_intra", "target", "all_tiles_kept", "matryoshka", "cl", "alignclip"],
 )
 def test_flops_of_the_switches(loss_of, num_embeds, expected, monkeypatch):
     monkeypatch.setitem(tiles_gcl.TILE, "cpu", 128)
@@ -114,6 +117,7 @@ def test_flops_of_the_switches(loss_of, num_embeds, expected, monkeypatch):
         ("gcl", 8192, 32),
         ("masked", 8192, 32),
         ("alignclip", 8192, 32),
+        ("matryoshka", 8192, 32),
         pytest.param("gcl", 32768, 512, marks=pytest.mark.slow),
     ],
 )

@@ -11,7 +11,15 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from publishing import model_card
 from publishing.model_card import CardFacts, DataSource, duration, losses, write_model_card
 
-OPTIONAL = {"base_model_ids", "eval_data", "results_before", "results_after", "pictures", "licence_note"}
+OPTIONAL = {
+    "base_model_ids",
+    "eval_data",
+    "results_before",
+    "results_after",
+    "pictures",
+    "licence_note",
+    "matryoshka_dims",
+}
 REQUIRED = [each.name for each in fields(CardFacts) if each.name not in OPTIONAL]
 
 
@@ -175,3 +183,12 @@ def test_a_run_evaluated_only_after_training_says_so(facts, tmp_path):
     assert "was not evaluated before training" in text
     with pytest.raises(ValueError, match="results_after beside results_before"):
         write_model_card(tmp_path, replace(facts, results_after=None, eval_data=None))
+
+
+def test_cuts_are_named_only_where_they_were_trained(tmp_path, facts):
+    write_model_card(tmp_path, facts)
+    assert "truncate_dim" not in (tmp_path / "README.md").read_text()
+    facts.matryoshka_dims = [256, 128, 64]
+    write_model_card(tmp_path, facts)
+    text = (tmp_path / "README.md").read_text()
+    assert "first 128, 64 dimensions, by `model.encode(..., truncate_dim=128)`" in text

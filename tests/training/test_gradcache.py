@@ -20,6 +20,7 @@ from training.training_arguments import GCLTrainingArguments
 LOSSES = {
     "gcl": {"loss": "gcl"},
     "gcl_weighted": {"denominator": "without_other_positive", "direction_weights": {"i->t": 2.0, "t->it": 0.5}},
+    "matryoshka": {"matryoshka_dims": [8, 3], "matryoshka_weights": [0.5, 2.0]},
     "cl": {"loss": "cl"},
     "alignclip": {"loss": "alignclip"},
 }

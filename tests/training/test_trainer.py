@@ -27,7 +27,9 @@ def batch_of(trainer):
         {"loss": "gcl"},
         {"loss": "gcl", "denominator": "without_other_positive", "direction_weights": {"i->it": 0.25}},
         {"loss": "gcl", "intra_modality": False},
+        {"loss": "gcl", "matryoshka_dims": [12, 6], "matryoshka_weights": [1.0, 0.5]},
         {"loss": "cl"},
+        {"loss": "cl", "matryoshka_dims": [6]},
     ],
 )
 def test_the_loss_is_the_one_asked_for(tmp_path, settings):
@@ -36,10 +38,10 @@ def test_the_loss_is_the_one_asked_for(tmp_path, settings):
     batch = batch_of(trainer)
     embeds = trainer.model(**{k: v for k, v in batch.items() if k not in ("ids", "caption_ids", "broken")})
     labels = {"ids": batch["ids"], "caption_ids": batch["caption_ids"]}
+    options = {name: value for name, value in settings.items() if name != "loss"}
     if settings["loss"] == "cl":
-        expected = contrastive_loss(embeds.image_embeds, embeds.text_embeds, embeds.logit_scale, **labels)
+        expected = contrastive_loss(embeds.image_embeds, embeds.text_embeds, embeds.logit_scale, **labels, **options)
     else:
-        options = {name: value for name, value in settings.items() if name != "loss"}
         triple = (embeds.image_embeds, embeds.text_embeds, embeds.fused_embeds)
         expected = gcl_loss(*triple, embeds.logit_scale, **labels, **options)
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected.item())
@@ -280,3 +282,27 @@ def test_every_trained_parameter_gets_a_gradient(loss, backbone, tmp_path):
 def test_auto_find_batch_size_is_refused_with_chunks(tmp_path):
     with pytest.raises(ValueError, match="auto_find_batch_size does nothing with grad_cache_chunk"):
         make_trainer(tmp_path, auto_find_batch_size=True, grad_cache_chunk=4)
+
+
+def test_matryoshka_is_logged_recorded_and_forgotten(tmp_path, caplog):
+    """Each cut's loss is logged, the saved model names the cuts, and later training without them says so."""
+    trainer = make_trainer(tmp_path, num_train_epochs=1, matryoshka_dims=[6, 12], matryoshka_weights=[2.0, 1.0])
+    trainer.train()
+    for entry in (entry for entry in trainer.state.log_history if "loss" in entry):
+        cuts = entry["loss_dim_24"], entry["loss_dim_12"], entry["loss_dim_6"]
+        assert entry["loss"] == pytest.approx((cuts[0] + cuts[1] + 2 * cuts[2]) / 4, rel=1e-4)
+        directions = [value for name, value in entry.items() if "→" in name]
+        assert len(directions) == 6 and entry["loss"] == pytest.approx(sum(directions) / 6, rel=1e-4)
+    trainer.save_model(str(tmp_path / "saved"))
+    model = GCLModel.from_pretrained(tmp_path / "saved")
+    assert model.config.matryoshka_dims == [24, 12, 6]
+    plain = make_trainer(tmp_path, model=model, num_train_epochs=1)
+    assert plain.model.config.matryoshka_dims == [24, 12, 6]
+    plain.train()
+    assert "was trained to be cut to [24, 12, 6] dimensions" in caplog.text
+    assert plain.model.config.matryoshka_dims is None
+
+
+def test_cuts_beyond_the_embeddings_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="training.matryoshka_dims holds 48: use whole numbers from 1 to .* 24"):
+        make_trainer(tmp_path, matryoshka_dims=[48, 24])
