@@ -63,22 +63,32 @@ def embed_killed(folder, log, images):
     """Prints the number of complete shards after each kill."""
     torch.set_num_threads(1)  # OpenMP's threads would not live in a fork
     rng = np.random.default_rng(0)
-    for attempt in range(16):
+    for attempt in range(60):
+        before = num_shards(folder)
         child = os.fork()
         if child == 0:
             if attempt % 2:
-                kill_at_rename(5 + attempt % 3, before=attempt % 4 == 1)
+                kill_at_rename(2 + attempt % 3, before=attempt % 4 == 1)
             embed(folder, log, images)
             os._exit(0)
-        if attempt % 2 == 0 and attempt < 14:
-            time.sleep(rng.uniform(0, 0.5))
+        if attempt % 2 == 0:
+            while (
+                num_shards(folder) == before
+                and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            ):
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.02))
             os.kill(child, signal.SIGKILL)
         status = os.waitpid(child, 0)[1]
         if status == 0:
             return
         assert os.WTERMSIG(status) == signal.SIGKILL
-        print(len(list(Path(folder).glob("vectors-*.npy"))), flush=True)
+        print(num_shards(folder), flush=True)
     sys.exit("no attempt came through")
+
+
+def num_shards(folder):
+    return len(list(Path(folder).glob("vectors-*.npy")))
 
 
 def kill_at_rename(number, before):

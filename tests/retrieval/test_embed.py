@@ -107,7 +107,7 @@ def test_after_kills_the_result_is_the_same_and_nothing_whole_is_embedded_twice(
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     complete = list(map(int, run.stdout.split()))  # shards after each kill
-    assert len(complete) > 8 and complete == sorted(complete) and 0 < complete[-3] < len(whole.manifest["shards"])
+    assert len(complete) > 4 and complete == sorted(complete) and 0 < complete[2] < len(whole.manifest["shards"])
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
     embedded = sum(map(int, (tmp_path / "log").read_text().split()))
     # the two rows of a shard may have been in flight at each kill
