@@ -16,20 +16,23 @@ app.add_typer(convert, name="convert")
 @convert.command("towers")
 def convert_towers_command(
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    projection_dim: Annotated[int, typer.Option(help="Width of the common space.")] = 256,
+    projection_dim: Annotated[
+        int | None, typer.Option(help="Width of the common space.", show_default="256; with --vista MiniLM's 384")
+    ] = None,
     image_size: Annotated[int, typer.Option(help="Side of the square input in pixels, a multiple of 32.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of the new projections.")] = 0,
-    vista: Annotated[
-        bool, typer.Option("--vista", help="Join them as VISTA does; the width is MiniLM's, 384.")
-    ] = False,
+    vista: Annotated[bool, typer.Option("--vista", help="Join them as VISTA does.")] = False,
 ):
     """MiniLM-L6 and EfficientNet-Lite0 from their PyPI packages as one VisionTextDualEncoder folder."""
     from publishing.towers import convert_towers, convert_towers_to_vista
 
+    if vista and projection_dim is not None:
+        raise ValueError("--projection-dim is not for --vista, whose common space is MiniLM's own, 384 wide")
     if vista:
         typer.echo(convert_towers_to_vista(out, image_size=image_size, seed=seed))
     else:
-        typer.echo(convert_towers(out, projection_dim=projection_dim, image_size=image_size, seed=seed))
+        width = 256 if projection_dim is None else projection_dim
+        typer.echo(convert_towers(out, projection_dim=width, image_size=image_size, seed=seed))
 
 
 @convert.command("centring")

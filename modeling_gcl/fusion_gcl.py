@@ -12,7 +12,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.utils import logging
 
-from .configuration_gcl import GATED_FUSIONS
+from .configuration_gcl import FUSIONS, GATED_FUSIONS
 
 logger = logging.get_logger(__name__)
 
@@ -32,28 +32,40 @@ class Fusion(nn.Module):
     Fuses the features of two towers.
 
     Args:
-        rule (`str`): a fusion of `GCLConfig`. The gated rules multiply each dimension of both features with a
-            gate in (0, 2), a small network of both unit features; all gates are 1 at the start.
         dim (`int`): dimension D of the features.
+        gated (`bool`): with gates, which the gated rules need. They multiply each dimension of both features with a
+            number in (0, 2), from a small network of both unit features; all gates are 1 at the start.
     """
 
-    def __init__(self, rule, dim):
+    def __init__(self, dim, gated):
         super().__init__()
-        self.rule = rule
-        if rule in GATED_FUSIONS:
+        self.gated = gated
+        if gated:
             hidden = max(8, dim // 4)
             self.gate_in = nn.Linear(2 * dim, hidden)
             self.gate_out = GateLayer(hidden, 2 * dim)
 
-    def forward(self, image, text):
-        """(N, D) raw features of both towers → (N, D) fused features, not normalised."""
-        if self.rule in GATED_FUSIONS:
+    def forward(self, image, text, rule):
+        """
+        (N, D) raw features of both towers → (N, D) fused features, not normalised.
+
+        `rule` (`str`) is a fusion of `GCLConfig`, which may change while a model lives; ValueError for one that is
+        unknown, or that needs gates where there are none.
+        """
+        if rule not in FUSIONS:
+            raise ValueError(f"fusion={rule!r} is unknown: choose one of {', '.join(FUSIONS)}")
+        if rule in GATED_FUSIONS and not self.gated:
+            raise ValueError(
+                f"fusion={rule!r} needs gates, which this model was built without: load it again with this fusion, "
+                f"from_pretrained(..., fusion={rule!r})"
+            )
+        if rule in GATED_FUSIONS:
             both = torch.cat([unit(image), unit(text)], dim=-1).to(self.gate_in.weight.dtype)  # (N, 2D)
             gates = 2 * torch.sigmoid(self.gate_out(F.gelu(self.gate_in(both))))  # (N, 2D)
             image_gate, text_gate = gates.chunk(2, dim=-1)
-        if self.rule.endswith("normalized_sum"):
+        if rule.endswith("normalized_sum"):
             image, text = unit(image), unit(text)
-        return image_gate * image + text_gate * text if self.rule in GATED_FUSIONS else image + text
+        return image_gate * image + text_gate * text if rule in GATED_FUSIONS else image + text
 
 
 def unit(features):
@@ -95,7 +107,7 @@ def choose_fusion(model, processor):
         return
     model.config.tower_norms = measure_tower_norms(model, processor)
     shorter, longer = sorted(model.config.tower_norms.values())
-    model.config.fusion = model.fusion.rule = "sum" if longer <= MAX_NORM_RATIO * shorter else "normalized_sum"
+    model.config.fusion = "sum" if longer <= MAX_NORM_RATIO * shorter else "normalized_sum"
     logger.info(f"fusion={model.config.fusion!r}: mean lengths of the towers' features are {model.config.tower_norms}")
 
 

@@ -101,7 +101,7 @@ class GCLModel(GCLPreTrainedModel):
         check_is_dual_encoder(self.encoder)
         check_settings(self.encoder, config)
         self.config.encoder_config = self.encoder.config
-        self.fusion = Fusion(config.fusion, config.projection_dim)
+        self.fusion = Fusion(config.projection_dim, gated=config.fusion in GATED_FUSIONS)
         own_scale = getattr(config.encoder_config, "logit_scale_init_value", None)
         initial = config.logit_scale_init_value or (math.exp(own_scale) if own_scale else DEFAULT_LOGIT_SCALE)
         self.logit_scale = LogitScale(min(initial, config.max_logit_scale), config.max_logit_scale)
@@ -293,6 +293,8 @@ class GCLModel(GCLPreTrainedModel):
             raise ValueError("config.centring is on, but there are no means: call set_modality_means first")
         image_inputs, text_inputs = self._split_inputs(pixel_values, input_ids, attention_mask, kwargs)
         native = self.config.fusion == "native"
+        if native:
+            check_settings(self.encoder, self.config)  # the configuration may have changed
         if native and "image" in modalities and "fused" in modalities:
             image_inputs = {"visual_tokens": self.encoder.get_visual_tokens(**image_inputs)}
         towers = {}
@@ -329,9 +331,9 @@ class GCLModel(GCLPreTrainedModel):
     def _fuse(self, image, text):
         """(N, D) raw features of both towers → (N, D) fused features, not normalised."""
         if not self.config.centring:
-            return self.fusion(image, text)
+            return self.fusion(image, text, self.config.fusion)
         if self.config.fusion in GATED_FUSIONS:
-            return self._centre(self.fusion(image, text), "fused")
+            return self._centre(self.fusion(image, text, self.config.fusion), "fused")
         # GR-CLIP's fused mean is the same mixture of the two means as the features are of the two modalities
         return self._centre(image, "image") + self._centre(text, "text")
 

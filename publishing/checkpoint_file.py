@@ -19,7 +19,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         FileNotFoundError: no such file.
         ValueError: another kind of file, a TorchScript archive, a truncated file, a pickle that holds anything but
-            tensors and plain values, or no named tensors inside.
+            tensors and plain values, no named tensors inside, or sparse or quantised ones.
     """
     path = Path(path)
     if not path.is_file():
@@ -40,6 +40,8 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise ValueError(f"{path} holds no state dict: its entry {name!r} is {type(value).__name__}, not a tensor.")
+        if value.layout != torch.strided or value.is_quantized:
+            raise ValueError(f"{path}: {name} is a sparse or quantised tensor, which is not read: save it dense.")
     return state
 
 

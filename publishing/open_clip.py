@@ -9,9 +9,6 @@
 Formats: open_clip's model.py and push_to_hf_hub.py; TinyCLIP's model.py (`prune`, `load_pruned_model`).
 """
 
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +27,7 @@ from publishing.clip_towers import (
     transformers_state,
     uniform_tower,
 )
+from publishing.new_folder import check_is_new, new_folder
 from publishing.open_clip_config import CONFIG_NAME, Settings, head_width, image_size, read_config
 
 DEFAULT_TOKENIZER = "openai/clip-vit-base-patch32"
@@ -94,8 +92,7 @@ def convert_open_clip(
             file do not fit together. The message names the tensor and the remedy.
     """
     file, out_dir = Path(file), Path(out_dir)
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise FileExistsError(f"{out_dir} exists and is not empty: give another folder or remove it.")
+    check_is_new(out_dir)
     state = read_state_dict(file)
     try:
         settings = read_config(Path(config)) if config is not None else Settings()
@@ -121,7 +118,9 @@ def convert_open_clip(
     for tower in uniform:
         tensors |= transformers_state(tower)
     model.load_state_dict(tensors)  # strict: every key of either side
-    write_folder(out_dir, model, CLIPProcessor(image_processor, loaded))
+    with new_folder(out_dir) as folder:
+        model.save_pretrained(folder)
+        CLIPProcessor(image_processor, loaded).save_pretrained(folder)
     return Conversion(out_dir, notes)
 
 
@@ -292,18 +291,3 @@ def padding_notes(towers: list[Tower], uniform: list[Tower]) -> list[str]:
 
 def count_parameters(tower: Tower) -> int:
     return sum(tensor.numel() for part in (tower.outer, *tower.blocks) for tensor in part.values())
-
-
-def write_folder(out_dir: Path, model: CLIPModel, processor: CLIPProcessor) -> None:
-    """Writes beside `out_dir` and renames, so that a failure leaves nothing behind."""
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{out_dir.name}.", suffix=".partial", dir=out_dir.parent))
-    try:
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
-        if out_dir.exists():
-            out_dir.rmdir()
-        os.replace(partial, out_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -7,9 +7,7 @@
 """
 
 import math
-import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from modeling_gcl.configuration_vista import EVA02VisionConfig, VistaConfig
 from modeling_gcl.modeling_eva02 import rotary_tables
 from modeling_gcl.modeling_vista import VistaModel
 from publishing.checkpoint_file import read_state_dict
+from publishing.new_folder import check_is_new, new_folder
 
 TOKENIZERS = {"base": "BAAI/bge-base-en-v1.5", "m3": "BAAI/bge-m3"}
 HEAD_DIM = 64
@@ -95,13 +94,13 @@ def convert_vista(file: str | Path, out_dir: str | Path, tokenizer: str | Path |
 
     Raises:
         ValueError: the file holds code, is cut off or is no such state dict; keys are missing, or layers have parts
-            that VISTA has not; values are not finite; the tokenizer isn't to be had, or has another vocabulary; the
-            folder is not empty.
+            that VISTA has not; values are no floats or not finite; the tokenizer isn't to be had, or has another
+            vocabulary.
+        FileExistsError: `out_dir` is not empty.
         FileNotFoundError: no such file.
     """
     file, out_dir = Path(file), Path(out_dir)
-    if out_dir.exists() and (not out_dir.is_dir() or any(out_dir.iterdir())):
-        raise ValueError(f"{out_dir} exists and is not an empty folder: name another one, or remove it first.")
+    check_is_new(out_dir)
     state = read_state_dict(file)
     config = infer_config(state, file)
     variant = "m3" if config.text_config.model_type == "xlm-roberta" else "base"
@@ -116,17 +115,9 @@ def convert_vista(file: str | Path, out_dir: str | Path, tokenizer: str | Path |
     model = GCLModel.from_encoder(encoder, fusion="native")
     load_exactly(model.encoder, state, names, file)
 
-    partial = out_dir.with_name(out_dir.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        processor.save_pretrained(partial)
-        model.save_pretrained(partial)
-        if out_dir.exists():
-            out_dir.rmdir()  # an empty one
-        os.replace(partial, out_dir)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with new_folder(out_dir) as folder:
+        processor.save_pretrained(folder)
+        model.save_pretrained(folder)
 
     lines = [f"{out_dir}: VISTA {variant}, {len(names)} tensors converted to float32"]
     lines += [f"unused ({reason}): {', '.join(keys)}" for reason, keys in unused.items()]
@@ -232,7 +223,11 @@ def sort_keys(state: dict, names: dict, file: Path) -> tuple[dict[str, list[str]
 
 
 def check_values(state: dict, names: dict, config: VistaConfig, file: Path) -> None:
-    """Raises ValueError for values that are not finite, or rotary tables other than those that will be computed."""
+    """Raises ValueError for values that are no floats or not finite, or rotary tables other than those that will be
+    computed."""
+    integers = [key for key in names if not state[key].is_floating_point()]
+    if integers:
+        raise ValueError(f"{file}: no floats, but integers (quantised weights are not read) in {listed(integers)}.")
     bad = [key for key in names if not torch.isfinite(state[key]).all()]
     if bad:
         raise ValueError(f"{file} is damaged: not all values are finite in {listed(bad)}.")

@@ -31,7 +31,9 @@ EFFICIENTNET = {  # two blocks; widths are multiplied by 1/40; weights of that s
     "in_channels": [32, 320], "out_channels": [320, 960], "strides": [1, 2], "num_block_repeats": [1, 1],
     "expand_ratios": [1, 2], "initializer_range": 0.5, "drop_connect_rate": 0.0,
 }  # fmt: skip
-EVA02 = VISION | {"model_type": "eva02_clip_vision", "rope_grid_size": 4}
+# of the usual size, 0.02, they would make all embeddings of so small a VISTA one, to 2e-3
+LARGE = {"initializer_range": 0.2}
+EVA02 = VISION | {"model_type": "eva02_clip_vision", "rope_grid_size": 4} | LARGE
 GROUPVIT = {
     "num_hidden_layers": 3, "depths": [1, 1, 1], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 2]
 }  # fmt: skip
@@ -85,8 +87,8 @@ class Family:
 # every family of docs/models.md that GCL takes
 FAMILIES = {
     "clip": Family("CLIP", TEXT, VISION),
-    "vista-base": Family("Vista", ("bert", BERT), EVA02, {"cls_token_id": 2, "sep_token_id": 3}),
-    "vista-m3": Family("Vista", ("xlm-roberta", ROBERTA), EVA02, {"cls_token_id": 2, "sep_token_id": 3}),
+    "vista-base": Family("Vista", ("bert", BERT | LARGE), EVA02, {"cls_token_id": 2, "sep_token_id": 3}),
+    "vista-m3": Family("Vista", ("xlm-roberta", ROBERTA | LARGE), EVA02, {"cls_token_id": 2, "sep_token_id": 3}),
     "clip, gated": Family("CLIP", TEXT, VISION, gcl={"fusion": "gated_sum"}),
     "metaclip_2": Family("MetaClip2", TEXT, VISION),
     "altclip": Family("AltCLIP", ROBERTA | {"project_dim": 28}, VISION),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from backbones import BACKBONES, WORDS, random_image, tiny_encoder, tiny_processor
+from backbones import BACKBONES, LARGE, WORDS, random_image, tiny_encoder, tiny_processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -20,7 +20,7 @@ from modeling_gcl.modeling_vista import VistaModel
 
 def tiny_vista():
     torch.manual_seed(0)
-    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2} | LARGE
     text = tower | {"model_type": "bert", "vocab_size": 30, "max_position_embeddings": 24}
     vision = tower | {"model_type": "eva02_clip_vision", "image_size": 32, "patch_size": 16}
     return VistaModel(VistaConfig(text, vision, cls_token_id=2, sep_token_id=3))
@@ -67,7 +67,7 @@ def test_each_row_as_if_alone_whatever_the_order_and_batch(door, data):
         torch.testing.assert_close(embedding, model.encode([row], processor=processor)[0], atol=1e-5, rtol=0)
 
 
-def test_texts_are_batched_by_their_tokens(clip):
+def test_texts_are_batched_by_their_tokens(clip, monkeypatch):
     model, processor = clip
     widths = []
 
@@ -79,6 +79,7 @@ def test_texts_are_batched_by_their_tokens(clip):
             widths.append(batch["input_ids"].shape[1])
             return batch
 
+    monkeypatch.setattr("modeling_gcl.encoding_gcl.TEXTS_AT_ONCE", 3)  # a last, smaller run too
     # 10, 11, 12 and 13 characters: in that order few tokens would be padded to many
     rows = ["grasshouse", "a a a a a a", "grasseshouse", "a a a a a a a"]
     model.encode(rows, processor=Spy(), batch_size=2)

@@ -12,22 +12,28 @@ from modeling_gcl.fusion_gcl import Fusion, measure_tower_norms
 def test_a_gated_fusion_begins_as_its_sum_and_learns(rule):
     torch.manual_seed(0)
     image, text = 5 * torch.randn(6, 16, dtype=torch.float64), torch.randn(6, 16, dtype=torch.float64)
-    gated, plain = Fusion(f"gated_{rule}", 16).double(), Fusion(rule, 16)
-    torch.testing.assert_close(gated(image, text), plain(image, text), rtol=0, atol=0)
-    optimizer = torch.optim.SGD(gated.parameters(), lr=0.1)
+    fusion, gated_rule = Fusion(16, gated=True).double(), f"gated_{rule}"
+
+    def gated(image, text):
+        return fusion(image, text, gated_rule)
+
+    plain = Fusion(16, gated=False)(image, text, rule)
+    torch.testing.assert_close(gated(image, text), plain, rtol=0, atol=0)
+    assert torch.equal(fusion(image, text, rule), plain)
+    optimizer = torch.optim.SGD(fusion.parameters(), lr=0.1)
     for _ in range(2):  # the first layer learns once the last one has left zero
-        before = {name: p.clone() for name, p in gated.named_parameters()}
+        before = {name: p.clone() for name, p in fusion.named_parameters()}
         gated(image, text).pow(3).sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert all(not torch.equal(p, before[name]) for name, p in gated.named_parameters())
+    assert all(not torch.equal(p, before[name]) for name, p in fusion.named_parameters())
     with torch.no_grad():
-        gated.gate_out.bias.fill_(1e6)  # all gates fully open: 2
-    torch.testing.assert_close(gated(image, text), 2 * plain(image, text))
+        fusion.gate_out.bias.fill_(1e6)  # all gates fully open: 2
+    torch.testing.assert_close(gated(image, text), 2 * plain)
 
 
 def test_the_gates_weigh_each_dimension_of_each_tower():
-    fusion = Fusion("gated_sum", 4).double()
+    fusion = Fusion(4, gated=True).double()
     with torch.no_grad():
         fusion.gate_out.bias[:4] = 100.0
         fusion.gate_out.bias[4:] = -100.0
@@ -35,7 +41,7 @@ def test_the_gates_weigh_each_dimension_of_each_tower():
     image, text = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
     expected = 2 * image
     expected[:, 3] += text[:, 3]
-    torch.testing.assert_close(fusion(image, text), expected)
+    torch.testing.assert_close(fusion(image, text, "gated_sum"), expected)
 
 
 def test_gates_are_saved_and_start_fresh_on_a_checkpoint_without_them(tmp_path):
@@ -49,6 +55,31 @@ def test_gates_are_saved_and_start_fresh_on_a_checkpoint_without_them(tmp_path):
     fresh = GCLModel.from_encoder(tmp_path / "sum", fusion="gated_sum")
     assert not fresh.fusion.gate_out.weight.any() and not fresh.fusion.gate_out.bias.any()
     assert fresh.fusion.gate_in.weight.std() > 0.01
+
+
+def test_the_rule_may_change_while_the_model_lives_and_is_what_is_saved(tmp_path):
+    encoder, processor = tiny_encoder("clip"), tiny_processor("clip")
+    with torch.no_grad():
+        encoder.text_projection.weight.mul_(20)
+    inputs = processor(images=[random_image(0), random_image(1)], text=["a red dog", "a cat"], return_tensors="pt")
+
+    def fused(model):
+        with torch.no_grad():
+            return model.eval()(**inputs).fused_embeds
+
+    model = GCLModel.from_encoder(encoder, fusion="sum")
+    summed = fused(model)
+    model.config.fusion = "normalized_sum"
+    normalized = fused(model)
+    assert not torch.allclose(normalized, summed, atol=0.01)
+    assert torch.equal(normalized, fused(GCLModel.from_encoder(encoder, fusion="normalized_sum")))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(fused(AutoModel.from_pretrained(tmp_path)), normalized)
+    messages = {"gated_sum": "needs gates", "mean": "'mean' is unknown", "native": "needs a backbone that fuses"}
+    for rule, message in messages.items():
+        model.config.fusion = rule
+        with pytest.raises(ValueError, match=message):
+            fused(model)
 
 
 def tiny_clip_folder(folder, text_scale):

@@ -416,7 +416,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path, tokenizer, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pt"]
     (tmp_path / "clip").mkdir()
     convert(random_state(), tmp_path, tokenizer, quick_gelu=True)  # an empty folder is taken
-    with pytest.raises(FileExistsError, match="not empty"):
+    with pytest.raises(FileExistsError, match="not an empty folder"):
         convert(random_state(), tmp_path, tokenizer, quick_gelu=True)
 
 

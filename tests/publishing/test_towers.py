@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoModel, AutoProcessor, BertModel
 
+import gcl
 from modeling_gcl import GCLModel, GCLProcessor
 from publishing import towers
 
@@ -220,3 +222,12 @@ def test_changed_weights_are_refused(monkeypatch, tmp_path):
 def test_state_that_does_not_fit_is_refused():
     with pytest.raises(RuntimeError, match="unexpected=.'b'"):
         towers.load_exactly(torch.nn.Linear(1, 1, bias=False), {"weight": torch.ones(1, 1), "b": torch.ones(1)}, "x")
+
+
+def test_a_width_for_vista_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        sys, "argv", ["gcl", "convert", "towers", str(tmp_path / "x"), "--vista", "--projection-dim", "9"]
+    )
+    with pytest.raises(SystemExit, match="--projection-dim is not for --vista"):
+        gcl.main()
+    assert not (tmp_path / "x").exists()

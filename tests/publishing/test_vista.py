@@ -211,6 +211,13 @@ def test_the_tokenizer_must_be_the_variants(original, tmp_path, monkeypatch):
     refused("is not to be had.*--tokenizer", base, None, tmp_path)
 
 
+def test_integers_and_sparse_tensors_are_refused(original, tmp_path):
+    state = tiny_state("base")
+    key = "bge_embeddings.word_embeddings.weight"
+    refused(f"no floats, but integers .*{key}", *original(state=state | {key: state[key].char()}), tmp_path)
+    refused(f"{key} is a sparse", *original(state=state | {key: state[key].to_sparse()}), tmp_path)
+
+
 def test_nothing_half_written_stays(original, tmp_path, monkeypatch):
     file, tokenizer = original()
 
@@ -220,9 +227,17 @@ def test_nothing_half_written_stays(original, tmp_path, monkeypatch):
     monkeypatch.setattr(vista.GCLModel, "save_pretrained", fail)
     refused("no space left", file, tokenizer, tmp_path)
     monkeypatch.undo()
+    (tmp_path / "out.partial").mkdir()  # somebody else's
+    (tmp_path / "out.partial" / "x").touch()
     (tmp_path / "out").mkdir()
-    convert_vista(file, tmp_path / "out", tokenizer)  # into an empty folder
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    convert_vista(file, ".", tokenizer)  # into an empty folder
+    assert (tmp_path / "out.partial" / "x").exists() and not list((tmp_path / "out").glob("*.partial"))
+    monkeypatch.chdir(tmp_path)
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="out exists and is not an empty folder"):
+    with pytest.raises(FileExistsError, match="out exists and is not an empty folder"):
         convert_vista(file, tmp_path / "out", tokenizer)
+    with pytest.raises(FileExistsError, match="link exists and is not an empty folder"):
+        convert_vista(file, tmp_path / "link", tokenizer)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
