@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "benchmarks"
 TOLERANCE = 0.1  # between the two calibrations around a measurement
 ATTEMPTS = 4  # at one measurement, before its round does without it
-PEERS = ("sentence-transformers", "simplejpeg", "memeff", "inf-cl")
+PEERS = ("sentence-transformers", "simplejpeg", "memeff", "inf-cl", "faiss-cpu")
 
 
 # in the worker

@@ -1,1 +1,1 @@
-"""The retrieval engine: exact search over embeddings."""
+"""The retrieval engine: rows to embeddings on disk, and exact search over them."""

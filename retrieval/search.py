@@ -32,7 +32,20 @@ def exact_top_k(queries, candidates, k: int, *, chunk_size: int = 65536) -> tupl
     product of two vectors fits the 53 bits of a float64 and no order of summation can change it; the sum is then
     rounded to float32.
     """
-    queries = _as_tensor(queries)
+    queries, candidates = checked(queries, candidates, k, chunk_size)
+    count = candidates.shape[0]
+    queries = on_grid(queries, "queries", 0)
+    best = torch.empty((queries.shape[0], 0), dtype=torch.int64, device=queries.device)
+    for start in range(0, count, chunk_size):
+        chunk = on_grid(as_tensor(candidates[start : start + chunk_size]).to(queries.device), "candidates", start)
+        best = torch.cat([best, top_keys(queries, chunk, start, k)], dim=1)
+        best = best.topk(min(k, best.shape[1]), dim=1).values
+    return scores_and_indices(best)
+
+
+def checked(queries, candidates, k: int, chunk_size: int) -> tuple:
+    """The queries as a tensor and the candidates as something with a shape; raises what `exact_top_k` does."""
+    queries = as_tensor(queries)
     candidates = candidates if hasattr(candidates, "shape") else np.asarray(candidates)
     for name, matrix in (("queries", queries), ("candidates", candidates)):
         if len(matrix.shape) != 2:
@@ -50,27 +63,15 @@ def exact_top_k(queries, candidates, k: int, *, chunk_size: int = 65536) -> tupl
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     if count > _INDEX_MASK:
         raise ValueError(f"{count} candidates are more than the {_INDEX_MASK} that can be indexed")
-
-    queries = _on_grid(queries, "queries", 0)
-    best = torch.empty((queries.shape[0], 0), dtype=torch.int64, device=queries.device)
-    for start in range(0, count, chunk_size):
-        chunk = _as_tensor(candidates[start : start + chunk_size]).to(queries.device)
-        chunk = _on_grid(chunk, "candidates", start)
-        block = max(1, _SCORE_BLOCK // len(chunk))
-        found = [_top_keys(part @ chunk.T, start, min(k, len(chunk))) for part in queries.split(block)]
-        best = torch.cat([best, torch.cat(found)], dim=1)
-        best = best.topk(min(k, best.shape[1]), dim=1).values
-    return _scores_of(best), _INDEX_MASK - (best & _INDEX_MASK)
+    return queries, candidates
 
 
-def _as_tensor(matrix) -> torch.Tensor:
-    if isinstance(matrix, torch.Tensor):
-        return matrix.detach()
-    # np.array copies: torch warns about the read-only pages of a memory-mapped file
-    return torch.from_numpy(np.array(matrix))
+def as_tensor(matrix) -> torch.Tensor:
+    """Without a gradient; an array is copied, since torch warns about the read-only pages of a memory-mapped file."""
+    return matrix.detach() if isinstance(matrix, torch.Tensor) else torch.from_numpy(np.array(matrix))
 
 
-def _on_grid(matrix: torch.Tensor, name: str, start: int) -> torch.Tensor:
+def on_grid(matrix: torch.Tensor, name: str, start: int) -> torch.Tensor:
     """The rows as float64, rounded to multiples of 2^-26 times a power of two above their norm."""
     matrix = matrix.to(torch.float64)
     broken = ~torch.isfinite(matrix).all(dim=1)
@@ -82,24 +83,34 @@ def _on_grid(matrix: torch.Tensor, name: str, start: int) -> torch.Tensor:
     return torch.ldexp(torch.round(torch.ldexp(matrix, 26 - exponent)), exponent - 26)
 
 
-def _top_keys(scores: torch.Tensor, start: int, k: int) -> torch.Tensor:
-    """The `k` largest keys a row; a key is an int64 that sorts by score (high half), then by lower index (low half)."""
-    scores = scores.to(torch.float32).add_(0.0)  # turns -0.0 into 0.0
+def top_keys(queries: torch.Tensor, chunk: torch.Tensor, start: int, k: int) -> torch.Tensor:
+    """(Q, min(k, n)) keys of the best of n candidates, which are numbered from `start` on; both sides on the grid.
+
+    A key is an int64 that sorts by score (high half), then by lower index (low half)."""
+    block = max(1, _SCORE_BLOCK // len(chunk))
+    return torch.cat([_top_of_scores(part @ chunk.T, start, min(k, len(chunk))) for part in queries.split(block)])
+
+
+def _top_of_scores(scores: torch.Tensor, start: int, k: int) -> torch.Tensor:
+    scores = scores.to(torch.float32)
     top, columns = scores.topk(k, dim=1)
-    keys = _keys(top, columns + start).sort(dim=1, descending=True).values
+    keys = keys_of(top, columns + start).sort(dim=1, descending=True).values
     # torch.topk picks any of several equal scores at the edge: those rows are chosen again by key
     tied = (scores >= top[:, -1:]).sum(dim=1) > k
     if tied.any():
         columns = torch.arange(start, start + scores.shape[1], device=scores.device)
-        keys[tied] = _keys(scores[tied], columns).topk(k, dim=1).values
+        keys[tied] = keys_of(scores[tied], columns).topk(k, dim=1).values
     return keys
 
 
-def _keys(scores: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    bits = scores.view(torch.int32).to(torch.int64)
+def keys_of(scores: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """int64 keys of float32 scores and the candidates' indices."""
+    bits = (scores + 0.0).view(torch.int32).to(torch.int64)  # the sum turns -0.0 into 0.0
     return (torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32) + (_INDEX_MASK - indices)
 
 
-def _scores_of(keys: torch.Tensor) -> torch.Tensor:
+def scores_and_indices(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The float32 scores and int64 indices that keys are made of."""
     ordered = keys >> 32
-    return torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(torch.int32).view(torch.float32)
+    scores = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(torch.int32).view(torch.float32)
+    return scores, _INDEX_MASK - (keys & _INDEX_MASK)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import loss, protocol, scaling, step
+from benchmarks import loss, protocol, scaling, search, step
 from modeling_gcl import gcl_loss
 
 BENCHMARKS = Path(loss.__file__).parent
@@ -22,7 +22,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(loss, "count_flops", lambda variant: 36.0)
 
 
-@pytest.mark.parametrize("script", ["loss.py", "report.py"])
+@pytest.mark.parametrize("script", ["loss.py", "report.py", "search.py"])
 def test_scripts_start_from_any_folder(script, tmp_path):
     run = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -116,3 +116,34 @@ def test_the_model_counts_as_the_formulas_say():
     more = scaling.predict(16384, 16, d, 1e9, **scaling.ASSUMED)
     assert few["encoder"] == more["encoder"] and more["loss"] > 1.9 * few["loss"] and more["exchange"] > few["exchange"]
     assert few["loss_share"] == pytest.approx(1 - few["encoder"] / sum(few[k] for k in ("encoder", "loss", "exchange")))
+
+
+def test_searches_are_measured_and_gated(monkeypatch, tmp_path):
+    monkeypatch.setattr(protocol, "gemm_rate", lambda device="cpu": 1e11)
+    monkeypatch.setattr(search, "run_worker", lambda script, task, **_: getattr(search, task["task"])(**without(task)))
+    out = tmp_path / "search.json"
+    arguments = ["--candidates", "400", "--queries", "5", "--dim", "8", "--rounds", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["search.py", *arguments])
+    search.main()
+    result = json.loads(out.read_text())
+    assert set(result["pools"]) == set(search.POOLS)
+    for pool, rows in result["pools"].items():
+        assert result["gates"][pool]["equal"] and result["gates"][pool]["candidates"] == 400
+        assert all(rows[name]["ratio_to"]["faiss_flat"]["rounds"] == 1 for name in search.VARIANTS)
+
+
+def without(task):
+    return {name: value for name, value in task.items() if name != "task"}
+
+
+@pytest.mark.parametrize("wrong", ["screened", "faiss_flat"])
+def test_the_gate_refuses_a_wrong_search(wrong, monkeypatch, tmp_path):
+    search.make_pool(tmp_path, "cone", 300, 4, 8)
+    right = search.VARIANTS[wrong]
+
+    def shifted(*args):
+        return lambda: tuple(part + 1 for part in right(*args)())
+
+    monkeypatch.setitem(search.VARIANTS, wrong, shifted)
+    with pytest.raises(SystemExit, match="differs from the exact one" if wrong == "screened" else "faiss finds"):
+        search.gate(tmp_path, 3)

@@ -1,0 +1,176 @@
+"""Screened search equals the exact one to the bit, whatever the pool; and screens where it can."""
+
+import faiss
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrieval import screening
+from retrieval.screening import screened_top_k
+from retrieval.search import exact_top_k
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Pools of a thousand candidates are large already, blocks are small enough for several of each kind."""
+    monkeypatch.setattr(screening, "_MIN_CANDIDATES", 0)
+    monkeypatch.setattr(screening, "_MIN_SAMPLE", 64)
+    monkeypatch.setattr(screening, "_SAMPLE_RUNS", 16)
+    monkeypatch.setattr(screening, "_BLOCK_QUERIES", 7)
+    monkeypatch.setattr(screening, "_BLOCK_PRODUCTS", {"cpu": 1500})
+    monkeypatch.setattr(screening, "_ROWS_AT_ONCE", 50)
+    monkeypatch.setattr(screening, "_QUERIES_AT_ONCE", 11)
+
+
+def sphere(rng, n, dim):
+    return F.normalize(torch.from_numpy(rng.normal(size=(n, dim))), dim=1).float()
+
+
+def cone(rng, n, dim):
+    """As towers embed: all are alike to a cosine of 0.9."""
+    return F.normalize(torch.ones(dim) / dim**0.5 + 0.3 * sphere(rng, n, dim), dim=1)
+
+
+def needle(rng, n, dim):
+    """All are alike to a cosine of 0.99999: float32 can hardly tell them apart."""
+    return F.normalize(torch.ones(dim) / dim**0.5 + 0.003 * sphere(rng, n, dim), dim=1)
+
+
+def duplicates(rng, n, dim):
+    return sphere(rng, max(1, n // 9), dim)[torch.from_numpy(rng.integers(0, max(1, n // 9), n))]
+
+
+def all_equal(rng, n, dim):
+    return sphere(rng, 1, dim).expand(n, -1).clone()
+
+
+def integers(rng, n, dim):
+    """Ties are the rule, zero vectors happen."""
+    return torch.from_numpy(rng.integers(-1, 2, (n, dim))).float()
+
+
+def uneven(rng, n, dim):
+    """Few dimensions hold all that varies."""
+    return sphere(rng, n, dim) * torch.logspace(0, -6, dim)
+
+
+def outlier(rng, n, dim):
+    rows = sphere(rng, n, dim)
+    rows[n // 2] *= 1e4
+    return rows
+
+
+def zeros(rng, n, dim):
+    rows = sphere(rng, n, dim)
+    rows[torch.from_numpy(rng.random(n) < 0.5)] = 0
+    return rows
+
+
+def sorted_by_score(rng, n, dim):
+    """Worst first: what is seen early says little."""
+    rows = sphere(rng, n, dim)
+    return rows[(rows @ torch.ones(dim)).argsort()]
+
+
+def extremes(rng, n, dim):
+    return sphere(rng, n, dim) * torch.from_numpy(10.0 ** rng.integers(-20, 15, (n, 1))).float()
+
+
+POOLS = (sphere, cone, needle, duplicates, all_equal, integers, uneven, outlier, zeros, sorted_by_score, extremes)
+
+
+def assert_equal(queries, candidates, k, **options):
+    found, expected = screened_top_k(queries, candidates, k, **options), exact_top_k(queries, candidates, k)
+    assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
+    assert found[0].dtype == torch.float32 and found[1].dtype == torch.int64
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+@pytest.mark.parametrize("pool", POOLS)
+def test_equals_the_exact_search(pool, data):
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    count, num_queries, dim = (
+        data.draw(st.integers(130, 900)),
+        data.draw(st.integers(1, 25)),
+        data.draw(st.integers(1, 40)),
+    )
+    k = data.draw(st.sampled_from((1, 2, 5)))
+    rows = pool(rng, count + num_queries, dim)
+    if data.draw(st.booleans()):
+        rows = rows.half().float() if rows.abs().max() < 6e4 else rows
+    queries, candidates = rows[count:], rows[:count]
+    if data.draw(st.booleans()):
+        queries = candidates[torch.from_numpy(rng.integers(0, count, num_queries))]  # as in i→i, each finds itself
+    assert_equal(queries, candidates, k, chunk_size=data.draw(st.integers(1, count + 2)))
+
+
+@pytest.mark.parametrize("k", [1, 7, 299, 300])
+def test_pools_too_small_to_be_sampled_and_k_up_to_all(k):
+    rng = np.random.default_rng(k)
+    assert_equal(sphere(rng, 9, 24), sphere(rng, 300, 24), k)
+
+
+def test_float64_and_half_precision_arrays_and_memory_maps(tmp_path):
+    rng = np.random.default_rng(0)
+    rows, queries = rng.normal(size=(800, 33)), rng.normal(size=(20, 33))
+    assert_equal(queries, rows, 3)
+    np.save(tmp_path / "rows.npy", rows.astype(np.float16))
+    assert_equal(queries, np.load(tmp_path / "rows.npy", mmap_mode="r"), 3, chunk_size=128)
+    assert_equal(queries.astype(np.float32), torch.from_numpy(rows).to(torch.bfloat16), 3)
+
+
+def test_few_candidates_are_scored_exactly(monkeypatch):
+    """Without this, a screen that lets all through would pass every test above."""
+    scored, whole = [], []
+    keys_of, add_all = screening.keys_of, screening._Found.add_all
+    monkeypatch.setattr(screening, "keys_of", lambda *args: scored.append(len(args[1])) or keys_of(*args))
+    monkeypatch.setattr(screening._Found, "add_all", lambda *args: whole.append(args) or add_all(*args))
+    rng = np.random.default_rng(0)
+    for pool in (sphere, cone, uneven):
+        queries, candidates = pool(rng, 30, 64), pool(rng, 4000, 64)
+        assert_equal(queries, candidates, 5, chunk_size=1000)
+        assert 30 * 5 <= sum(scored) < 30 * 6, pool.__name__
+        scored.clear()
+    assert not whole
+
+
+def test_what_is_pending_is_settled_before_it_grows(monkeypatch):
+    settled = []
+    settle = screening._Found._settle
+    monkeypatch.setattr(screening._Found, "_settle", lambda self: settled.append(self.num_pending) or settle(self))
+    monkeypatch.setattr(screening, "_MAX_PENDING", -60)
+    rng = np.random.default_rng(0)
+    queries = 0.1 * sphere(rng, 10, 16) + torch.ones(16)  # the pool is sorted for all of them
+    assert_equal(queries, sorted_by_score(rng, 3000, 16), 20, chunk_size=200)
+    assert len(settled) > 2
+
+
+def test_broken_input_is_named_as_in_the_exact_search():
+    rows = np.random.default_rng(0).normal(size=(700, 8)).astype(np.float32)
+    with pytest.raises(ValueError, match="queries have 5 dimensions, candidates 8"):
+        screened_top_k(np.zeros((2, 5)), rows, 1)
+    broken = rows[:30].copy()
+    broken[17] = np.nan
+    with pytest.raises(ValueError, match="queries row 17 holds NaN"):
+        screened_top_k(broken, rows, 1)
+    for value in (np.inf, -np.inf, np.nan):
+        broken = rows.copy()
+        broken[333, 3] = value
+        with pytest.raises(ValueError, match="candidates row 333 holds NaN or infinite"):
+            screened_top_k(rows[:4], broken, 1, chunk_size=100)
+
+
+def test_faiss_finds_the_same():
+    rng = np.random.default_rng(3)
+    queries, candidates = sphere(rng, 50, 96).numpy(), sphere(rng, 6000, 96).numpy()
+    index = faiss.IndexFlatIP(96)
+    index.add(candidates)
+    expected_scores, expected = index.search(queries, 10)
+    scores, found = screened_top_k(queries, candidates, 10)
+    assert np.abs(scores.numpy() - expected_scores).max() < 1e-6
+    # equal but where float32 cannot tell neighbours apart
+    assert (found.numpy() != expected).mean() < 0.01
