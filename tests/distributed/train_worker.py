@@ -55,6 +55,7 @@ def main(out, total_batch):
         torch.save(results, out)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+    os._exit(0)  # gloo's threads sometimes abort an interpreter that shuts down; what is tested is done and saved
 
 
 if __name__ == "__main__":
