@@ -26,6 +26,7 @@ from .configuration_gcl import GATED_FUSIONS, GCLConfig
 from .encoding_gcl import encode_rows
 from .fusion_gcl import Fusion, GateLayer, choose_fusion, unit
 from .loss_gcl import gcl_loss
+from .pooling_gcl import mean_of_tokens
 from .processing_gcl import GCLProcessor
 from .temperature_gcl import LogitScale
 
@@ -289,8 +290,6 @@ class GCLModel(GCLPreTrainedModel):
     def _features(self, modalities, pixel_values, input_ids, attention_mask, **kwargs):
         """Features of the modalities asked for, before the final normalisation; each tower runs once, and the visual
         tokens of a backbone that fuses by itself serve both its image-only and its fused pass."""
-        if self.config.centring and not self.modality_means.any():
-            raise ValueError("config.centring is on, but there are no means: call set_modality_means first")
         image_inputs, text_inputs = self._split_inputs(pixel_values, input_ids, attention_mask, kwargs)
         native = self.config.fusion == "native"
         if native:
@@ -311,21 +310,22 @@ class GCLModel(GCLPreTrainedModel):
         return features
 
     def _image_output(self, **inputs):
+        if "pixel_values" in inputs:  # not every tower casts them itself
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.dtype)
         return self.encoder.get_image_features(**inputs)
 
     def _text_output(self, **inputs):
         output = self.encoder.get_text_features(**inputs)
         if self.config.text_pooling == "mean":
-            mask = inputs.get("attention_mask")
-            mask = torch.ones_like(inputs["input_ids"]) if mask is None else mask
-            mask = mask.unsqueeze(-1).to(output.last_hidden_state.dtype)  # (N, L, 1)
-            pooled = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+            pooled = mean_of_tokens(output.last_hidden_state, inputs.get("attention_mask"))
             output.pooler_output = self.encoder.text_projection(pooled)
         return output
 
     def _centre(self, features, modality):
         if not self.config.centring:
             return features
+        if not self.modality_means.any():
+            raise ValueError("config.centring is on, but there are no means: call set_modality_means first")
         return unit(features) - self.modality_means[MODALITIES.index(modality)]
 
     def _fuse(self, image, text):
@@ -364,7 +364,7 @@ class GCLModel(GCLPreTrainedModel):
         if unknown:
             raise TypeError(f"{type(self.encoder).__name__} takes no input named {', '.join(sorted(unknown))}")
         if pixel_values is not None:
-            image["pixel_values"] = pixel_values.to(self.dtype)
+            image["pixel_values"] = pixel_values
         return image, text | {"input_ids": input_ids, "attention_mask": attention_mask}
 
     def encode(

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .configuration_vista import VistaConfig
 from .modeling_eva02 import EVA02VisionModel
+from .pooling_gcl import mean_of_tokens
 
 
 class VistaModel(PreTrainedModel):
@@ -165,11 +166,8 @@ class VistaModel(PreTrainedModel):
     def _pooled(self, hidden_states, attention_mask):
         if self.config.pooling == "cls":
             pooled = hidden_states[:, 0]
-        elif attention_mask is None:
-            pooled = hidden_states.mean(1)
         else:
-            mask = attention_mask.unsqueeze(-1).to(hidden_states.dtype)  # (N, L, 1)
-            pooled = (hidden_states * mask).sum(1) / mask.sum(1)
+            pooled = mean_of_tokens(hidden_states, attention_mask)
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 

@@ -29,7 +29,7 @@ def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys):
 
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     code = {"configuration_gcl.py", "modeling_gcl.py", "encoding_gcl.py", "loss_gcl.py", "processing_gcl.py"}
-    code |= {"rows_gcl.py", "tiles_gcl.py", "logsumexp_gcl.py", "triton_gcl.py", "video_gcl.py"}
+    code |= {"rows_gcl.py", "tiles_gcl.py", "logsumexp_gcl.py", "triton_gcl.py", "pooling_gcl.py", "video_gcl.py"}
     pictures = {f"pictures/{name}.png" for name in ("nine_way", "modality_pca", "training_curves", "result_sheet")}
     files = {"README.md", "recipe.yaml", "environment.json", "data.json", "results.json", "model.safetensors"}
     assert code | pictures | files <= names

@@ -169,6 +169,10 @@ def test_bfloat16(family, tmp_path):
     for name in ("image_embeds", "text_embeds", "fused_embeds"):
         assert found[name].dtype == torch.float32
         assert (found[name] * expected[name]).sum(-1).min() > 0.995, name
+    text = ("input_ids", "attention_mask", "token_type_ids")  # float32 pixels by the other doors' way too
+    with torch.no_grad():
+        image = half.get_image_features(**{k: v for k, v in inputs_for(family).items() if k not in text}).pooler_output
+    torch.testing.assert_close(torch.nn.functional.normalize(image.float(), dim=-1), found["image_embeds"])
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(family):

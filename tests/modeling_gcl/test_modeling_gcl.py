@@ -190,6 +190,8 @@ def test_unknown_backbones_and_foreign_checkpoints_are_refused(tmp_path):
         GCLModel.from_encoder(GCLModel.from_encoder(tiny_encoder("clip")))
     with pytest.raises(ValueError, match="there are no means: call set_modality_means"):
         GCLModel.from_encoder(tiny_encoder("clip"), centring=True)(**inputs_for("clip"))
+    with pytest.raises(ValueError, match="there are no means: call set_modality_means"):
+        GCLModel.from_encoder(tiny_encoder("clip"), centring=True).get_text_features(torch.tensor([[2, 5, 3]]))
     with pytest.raises(ValueError, match="nothing to embed"):
         GCLModel.from_encoder(tiny_encoder("clip"))()
     with pytest.raises(TypeError, match="takes no input named pixels"):
