@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, BertConfig, XLMRobertaConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_gcl import GCLModel, GCLProcessor
@@ -23,8 +24,6 @@ from publishing.new_folder import check_is_new, new_folder
 
 TOKENIZERS = {"base": "BAAI/bge-base-en-v1.5", "m3": "BAAI/bge-m3"}
 HEAD_DIM = 64
-IMAGE_MEAN = [0.48145466, 0.4578275, 0.40821073]
-IMAGE_STD = [0.26862954, 0.26130258, 0.27577711]
 
 VISUAL = "model_visual.visual"
 OUTER_NAMES = {
@@ -268,8 +267,8 @@ def make_processor(tokenizer: str | Path, config: VistaConfig, file: Path) -> GC
     image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": side},
         crop_size={"height": side, "width": side},
-        image_mean=IMAGE_MEAN,
-        image_std=IMAGE_STD,
+        image_mean=OPENAI_CLIP_MEAN,
+        image_std=OPENAI_CLIP_STD,
     )
     return GCLProcessor(image_processor, loaded, max_text_length=min(loaded.model_max_length, limit))
 

@@ -18,7 +18,7 @@ from vista_originals import FIXTURE, SlowVista, tiny_state, tiny_tokenizer
 
 import gcl
 from publishing import vista
-from publishing.vista import IMAGE_MEAN, IMAGE_STD, convert_vista
+from publishing.vista import convert_vista
 
 FRESH_PROCESS = """
 import sys
@@ -112,7 +112,8 @@ def test_images_are_prepared_as_by_the_original(original, tmp_path):
     found = AutoProcessor.from_pretrained(tmp_path / "out")(images=[image], return_tensors="pt")["pixel_values"][0]
     resized = np.asarray(image.resize((53, 32), Image.Resampling.BICUBIC)) / 255  # 84 · 32 / 50 = 53.8
     cropped = resized[:, 10:42]
-    expected = ((cropped - IMAGE_MEAN) / IMAGE_STD).transpose(2, 0, 1)
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    expected = ((cropped - mean) / std).transpose(2, 0, 1)
     np.testing.assert_allclose(found, expected, atol=0.02)
 
 
