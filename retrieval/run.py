@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from .screening import screened_top_k
+from .quantised import quantised
+from .screening import screened_top_k, worth_screening
 from .store import Store, write_whole
 
 FORMAT = 1
@@ -133,9 +134,10 @@ def search(queries: Store, pools: Store | Sequence[Store], k: int, *, device: st
 
 def _search_one(queries, pool, k):
     """(Q, m) float32 scores and rows of the pool: the best k of each query, and -inf and -1 where there are no more."""
-    scores, vectors = (
-        found.cpu().numpy() for found in screened_top_k(queries, pool.vectors, min(k, len(pool.vectors)))
-    )
+    num_best = min(k, len(pool.vectors))
+    codes = quantised(pool) if worth_screening(len(pool.vectors), num_best) else None
+    found = screened_top_k(queries, pool.vectors, num_best, quantised=codes)
+    scores, vectors = (part.cpu().numpy() for part in found)
     by_vector = np.argsort(pool.rows, kind="stable")  # the rows of each vector lie together, in their order
     starts = np.searchsorted(pool.rows[by_vector], np.arange(len(pool.vectors) + 1))
     counts = np.minimum(np.diff(starts), k)[vectors]  # (Q, k') of rows that share the vector

@@ -145,12 +145,16 @@ def read_manifest(folder: Path) -> dict | None:
 
 def write_whole(path: Path, write: Callable) -> None:
     """`write(file)` to a file that appears whole or not at all, and stays after a power failure."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may write the same
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value) -> None:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval import screening
+from retrieval import quantised, screening
+from retrieval.quantised import Kept, Streamed
 from retrieval.screening import screened_top_k
 from retrieval.search import exact_top_k
 
@@ -18,7 +19,9 @@ def small(monkeypatch):
     """Pools of a thousand candidates are large already, blocks are small enough for several of each kind."""
     monkeypatch.setattr(screening, "_MIN_CANDIDATES", 0)
     monkeypatch.setattr(screening, "_MIN_SAMPLE", 64)
-    monkeypatch.setattr(screening, "_SAMPLE_RUNS", 16)
+    monkeypatch.setattr(quantised, "_SAMPLE", 64)
+    monkeypatch.setattr(quantised, "_SAMPLE_RUNS", 16)
+    monkeypatch.setattr(quantised, "_ROWS_AT_ONCE", 50)
     monkeypatch.setattr(screening, "_BLOCK_QUERIES", 7)
     monkeypatch.setattr(screening, "_BLOCK_PRODUCTS", {"cpu": 1500})
     monkeypatch.setattr(screening, "_ROWS_AT_ONCE", 50)
@@ -82,10 +85,19 @@ def extremes(rng, n, dim):
 POOLS = (sphere, cone, needle, duplicates, all_equal, integers, uneven, outlier, zeros, sorted_by_score, extremes)
 
 
+def kept(candidates):
+    pool = Streamed(candidates)
+    codes, lengths = pool.part(0, len(candidates))
+    return Kept(codes, lengths, pool.mean, pool.scale)
+
+
 def assert_equal(queries, candidates, k, **options):
-    found, expected = screened_top_k(queries, candidates, k, **options), exact_top_k(queries, candidates, k)
-    assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
-    assert found[0].dtype == torch.float32 and found[1].dtype == torch.int64
+    """Of a pool that is quantised as the search goes, and of one that is kept."""
+    expected = exact_top_k(queries, candidates, k)
+    for pool in (None, kept(candidates)):
+        found = screened_top_k(queries, candidates, k, quantised=pool, **options)
+        assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
+        assert found[0].dtype == torch.float32 and found[1].dtype == torch.int64
 
 
 @settings(max_examples=12, deadline=None)
@@ -133,7 +145,7 @@ def test_few_candidates_are_scored_exactly(monkeypatch):
     for pool in (sphere, cone, uneven):
         queries, candidates = pool(rng, 30, 64), pool(rng, 4000, 64)
         assert_equal(queries, candidates, 5, chunk_size=1000)
-        assert 30 * 5 <= sum(scored) < 30 * 6, pool.__name__
+        assert 2 * 30 * 5 <= sum(scored) < 2 * 30 * 6, pool.__name__
         scored.clear()
     assert not whole
 
@@ -162,6 +174,8 @@ def test_broken_input_is_named_as_in_the_exact_search():
         broken[333, 3] = value
         with pytest.raises(ValueError, match="candidates row 333 holds NaN or infinite"):
             screened_top_k(rows[:4], broken, 1, chunk_size=100)
+        with pytest.raises(ValueError, match="candidates row 333 holds NaN or infinite"):
+            screened_top_k(rows[:4], broken, 1, quantised=kept(broken), chunk_size=100)
 
 
 def test_faiss_finds_the_same():
