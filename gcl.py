@@ -50,8 +50,8 @@ def convert_centring_command(
     from evaluation.centring import estimate_modality_means
     from modeling_gcl import GCLModel, GCLProcessor
     from publishing.new_folder import check_is_new, new_folder
-    from training.arguments import SourceArguments
-    from training.sources import load_pairs
+    from retrieval.source_arguments import SourceArguments
+    from retrieval.sources import load_pairs
 
     check_is_new(out)
     encoder, processor = GCLModel.from_encoder(model).eval(), GCLProcessor.from_encoder(model)
@@ -121,15 +121,15 @@ def evaluate_pairs_command(
     import torch
 
     from evaluation.centring import estimate_modality_means
+    from evaluation.environment import collect_environment
     from evaluation.pairs import embed_pairs, evaluate_embeddings
     from evaluation.plots import modality_pca, nine_way_heatmap
     from evaluation.report import nine_way_table
     from evaluation.result_sheet import result_sheet
     from modeling_gcl import GCLModel, GCLProcessor
-    from publishing.environment import collect_environment
     from publishing.hub_folder import write_json
-    from training.arguments import SourceArguments
-    from training.sources import load_pairs
+    from retrieval.source_arguments import SourceArguments
+    from retrieval.sources import load_pairs
 
     overrides = {name: value for name, value in {"fusion": fusion, "centring": centring}.items() if value}
     encoder = GCLModel.from_encoder(model, **overrides).eval()

@@ -12,8 +12,8 @@ from transformers import AutoModel
 import gcl
 from evaluation.embeddings import PairEmbeddings
 from modeling_gcl import GCLModel
-from training.arguments import SourceArguments
-from training.sources import load_pairs
+from retrieval.source_arguments import SourceArguments
+from retrieval.sources import load_pairs
 
 
 def run(monkeypatch, *arguments):
