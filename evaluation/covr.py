@@ -30,6 +30,7 @@ import numpy as np
 
 from evaluation.benchmark import DEPTH
 from evaluation.covr_frames import ROLES, Frames, Videos, extract_frames
+from evaluation.paper import paper_table
 from evaluation.scoring import score_run, write_records
 from retrieval.processes import Processes
 from retrieval.run import Run
@@ -147,6 +148,7 @@ def evaluate_covr(
     embed: Callable[[str, Sequence], Store],
     out: str | Path,
     *,
+    frames_folder: str | Path | None = None,
     squash: int | None = None,
     skip_missing: bool = False,
     show_progress: bool = False,
@@ -156,10 +158,11 @@ def evaluate_covr(
 
     Args:
         triplets: as `read_triplets` returns them.
-        source: where their videos are. Frames of `Videos` are written to `out/frames`, which serves further models as
-            `Frames(out / "frames")`.
+        source: where their videos are.
         embed: `(name, rows)` → the store of the rows; `Session.embed`, with its `skip_unreadable` if `skip_missing`.
         out: folder of the run.
+        frames_folder: where the frames of `Videos` are written, by default `out/frames`; as `Frames(frames_folder)` it
+            serves further models.
         squash: resize frames to a square of that side, bicubic, before the processor sees them, as the official
             transform does; the processor's own resizing then finds nothing to do if that is its size.
         skip_missing: leave out rows whose query or target is not there or can't be read. The recall is then that of the
@@ -181,6 +184,7 @@ def evaluate_covr(
         ImageError, VideoError: (ValueErrors) one that can't be read, without `skip_missing`.
     """
     out, unusable = Path(out), {}
+    frames_folder = out / "frames" if frames_folder is None else frames_folder
     for triplet in triplets:
         for role, video in _videos(triplet):
             if (why := source.missing(role, video)) is not None:
@@ -190,9 +194,9 @@ def evaluate_covr(
     if isinstance(source, Videos) or squash is not None:
         wanted = dict.fromkeys(video for triplet in usable for video in _videos(triplet))
         unusable |= extract_frames(
-            source, wanted, out / "frames", squash=squash, skip_unreadable=skip_missing, show_progress=show_progress
+            source, wanted, frames_folder, squash=squash, skip_unreadable=skip_missing, show_progress=show_progress
         )
-        usable, frames = _usable(triplets, unusable, skip_missing), Frames(out / "frames")
+        usable, frames = _usable(triplets, unusable, skip_missing), Frames(frames_folder)
 
     files = {triplet.target: frames.files("targets", triplet.target) for triplet in usable}
     frame_rows = [
@@ -320,3 +324,23 @@ def rank_targets(triplets: Sequence[Triplet], queries: np.ndarray, gallery: np.n
         scores=np.take_along_axis(scores, last, axis=1),
         manifest={"k": last.shape[1], "pools": [{"rows": len(gallery), "skipped": 0}], "missing_queries": 0},
     )
+
+
+def covr_table(result: dict) -> str:
+    """R@k in percent beside the paper's table 4, which is of the mean, and what was not scored, as lines for a
+    terminal; `result` as `evaluate_covr` returns it."""
+    columns, figures = paper_table("covr")
+    ours = [name for name in WEIGHTINGS if result[name] is not None]
+
+    def line(label, cells, paper):
+        return f"{label:<8}" + "".join(f"{cell:>10}" for cell in cells) + "  |" + "".join(f"{c:>12}" for c in paper)
+
+    lines = [line("", ours, columns)]
+    for k in KS:
+        cells = [f"{100 * result[name][f'hit@{k}']:.2f}" for name in ours]
+        lines.append(line(f"R@{k}", cells, [f"{figure:.2f}" for figure in figures[f"R@{k}"]]))
+    lines.append(f"{result['rows']:,} queries, {result['gallery']:,} targets. Right of the bar: the paper, of the mean")
+    for name, (found, total) in result["coverage"].items():
+        if found < total:
+            lines.append(f"{name}: {found:,} of {total:,}; without the others it is another, easier benchmark")
+    return "\n".join(lines)

@@ -9,10 +9,10 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
+from planted import PlantedModel
 from videos import number_of, numbered_frame, write_video
 
 from evaluation.covr import evaluate_covr, read_triplets
@@ -57,14 +57,12 @@ def frame_vector(number):
     return axis(0, 0, 0, 0, 0, 1) if number == 122 else axis(0, 0, 0, 0, 1)  # E
 
 
-class PlantedModel(torch.nn.Module):
-    """Embeds a frame by its number and a query by its text; `middles` notes the number that came with each text."""
-
-    device = torch.device("cpu")
+class NumberReader(PlantedModel):
+    """Embeds a frame by its number and a query by its text. `middles`: the number that came with each text; `sizes`: of
+    the images."""
 
     def __init__(self):
-        super().__init__()
-        self.config = SimpleNamespace(to_dict=dict)
+        super().__init__({})
         self.middles, self.sizes = {}, set()
 
     def encode(self, rows, processor, on_error, **options):
@@ -109,7 +107,7 @@ def evaluate(data, out, *, model=None, source=None, limit=None, **options):
     on_error = "skip" if options.get("skip_missing") else "raise"
 
     def embed(name, rows):
-        return embed_rows(model or PlantedModel(), None, rows, out / "embeddings" / name, on_error=on_error)
+        return embed_rows(model or NumberReader(), None, rows, out / "embeddings" / name, on_error=on_error)
 
     source = source or Videos(data / "videos")
     return evaluate_covr(read_triplets(data / "covr.csv", limit), source, embed, out, **options)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,16 +13,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from typer.testing import CliRunner
 
 pytest.importorskip("av")
 
-from covr_worker import FIRST, LENGTHS, MIDDLES, ROWS, PlantedModel, evaluate, make_data, write_csv  # noqa: E402
+from covr_worker import FIRST, LENGTHS, MIDDLES, ROWS, NumberReader, evaluate, make_data, write_csv  # noqa: E402
 from videos import numbered_frame  # noqa: E402
 
+import gcl  # noqa: E402
 from evaluation import covr_frames  # noqa: E402
 from evaluation.covr import Triplet, clean_edit, join_frames, rank_targets, read_triplets  # noqa: E402
 from evaluation.covr_frames import Frames, Videos, extract_frames  # noqa: E402
-from modeling_gcl import VideoError  # noqa: E402
+from modeling_gcl import GCLModel, GCLProcessor, VideoError, middle_frame  # noqa: E402
 from retrieval.run import Run  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +41,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(data, tmp_path_factory):
-    out, model = tmp_path_factory.mktemp("out"), PlantedModel()
+    out, model = tmp_path_factory.mktemp("out"), NumberReader()
     return evaluate(data, out, model=model), out, model
 
 
@@ -87,18 +90,18 @@ def test_a_folder_of_all_frames_gives_the_same(evaluated, data, tmp_path):
         (folder / "._0.jpg").write_bytes(b"left by a file manager")
         for n in range(length):
             Image.fromarray(numbered_frame(FIRST[video] + n)).save(folder / f"frame{n}.jpg")
-    model = PlantedModel()
+    model = NumberReader()
     result = evaluate(data, tmp_path / "out", model=model, source=Frames(tmp_path / "frames"))
     source = {"frames": str(tmp_path / "frames"), "squash": None}
     assert result == evaluated[0] | {"source": source} and model.middles == MIDDLES
 
 
 def test_squashed_frames_are_squares(evaluated, data, tmp_path):
-    model = PlantedModel()
+    model = NumberReader()
     result = evaluate(data, tmp_path, model=model, squash=64)
     assert model.sizes == {(64, 64)} and ranks_of(tmp_path, "mean") == RANKS["mean"]
     assert result["source"] == {"videos": str(data / "videos"), "squash": 64}
-    model = PlantedModel()
+    model = NumberReader()
     source = Frames(evaluated[1] / "frames")
     assert evaluate(data, tmp_path / "again", model=model, source=source, squash=64)["mean"] == result["mean"]
     assert model.sizes == {(64, 64)}
@@ -217,12 +220,11 @@ def test_ranks_are_those_of_a_slow_loop(rows):
     queries, gallery = (np.array([row[part] for row in rows], dtype=float) for part in (0, 1))
     run = rank_targets(triplets, queries, gallery)
     for n, triplet in enumerate(triplets):
-        similarities = [(-10 if other.target == triplet.query else int(queries[n] @ gallery[m]), -m)
-                        for m, other in enumerate(triplets)]  # fmt: skip
-        similarities = [(value if value != -10 or triplets[-m].target != triplet.query else -1e9, m)
-                        for value, m in similarities]  # fmt: skip
-        expected = [f"v/{-m}" for _, m in sorted(similarities, reverse=True)]
-        assert run.ranking(n) == expected
+        similarities = [int(queries[n] @ gallery[m]) for m in range(len(rows))]
+        if triplet.query in (videos := [other.target for other in triplets]):
+            similarities[videos.index(triplet.query)] = -100
+        expected = sorted(range(len(rows)), key=lambda m: (-similarities[m], m))
+        assert run.ranking(n) == [f"v/{m}" for m in expected]
 
 
 @settings(max_examples=60, deadline=None)
@@ -283,3 +285,45 @@ def test_the_official_file_is_read(tmp_path):
     triplets = read_triplets(path)
     assert [(t.query, t.target, t.edit, list(t.scores)) for t in triplets] == [tuple(row) for row in ROWS]
     assert [t.line for t in triplets] == [2, 4, 6, 8, 10]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(gcl.app, ["evaluate", "covr", *map(str, arguments)])
+
+
+def test_the_command_ranks_as_encode_does(clip_folder, data, tmp_path):
+    """`encode` has a way of its own to a video's embedding, the mean of its 15 frames."""
+    model, processor = GCLModel.from_encoder(clip_folder).eval(), GCLProcessor.from_encoder(clip_folder)
+    rows = [(data / "videos" / f"{q}.mp4", data / "videos" / f"{t}.mp4", clean_edit(e)) for q, t, e, _ in ROWS]
+    queries = model.encode([{"image": middle_frame(query), "text": text} for query, _, text in rows], processor)
+    similarities = queries @ model.encode([{"video": target} for _, target, _ in rows], processor).T
+    similarities[3, 0] = -10
+
+    options = ["--csv", data / "covr.csv", "--videos", data / "videos", "--variant", "plain", "--variant", "sum+native"]
+    done = invoke(clip_folder, *options, "--out", tmp_path)
+    assert done.exit_code != 0 and "join one fusion rule" in str(done.exception) and not list(tmp_path.iterdir())
+    options[-1] = "normalized_sum"
+    done = invoke(clip_folder, *options, "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["frames", "normalized_sum", "plain"]
+    run = Run.load(tmp_path / "plain" / "runs" / "mean.safetensors")
+    for n, scores in enumerate(similarities.numpy()):
+        found = dict(zip(run.ranking(n), run.scores[n]))
+        np.testing.assert_allclose([found[target] for _, target, _, _ in ROWS], scores, atol=2e-3)
+    written = json.loads((tmp_path / "plain" / "results.json").read_text())
+    assert written["protocol"] == "covr" and written["variant"] == "plain" and written["limit"] is None
+    assert written["csv"] == str(data / "covr.csv") and written["result"]["coverage"]["rows"] == [5, 5]
+    r1 = 100 * written["result"]["mean"]["hit@1"]
+    shown = f"R@1 +{r1:.2f} .*37.60\n(.*\n)+5 queries, 5 targets"
+    assert re.search(shown, done.output) and "smoke run" not in done.output
+
+
+def test_the_command_says_what_is_left_out(clip_folder, damaged, tmp_path):
+    options = ["--csv", damaged / "covr.csv", "--out", tmp_path / "out"]
+    done = invoke(clip_folder, *options, "--videos", damaged / "videos", "--skip-missing", "--limit", 4)
+    assert done.exit_code == 0, done.output
+    assert "rows: 3 of 4; without the others" in done.output and "smoke run on the first 4 rows" in done.output
+    written = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert written["limit"] == 4 and written["skip_missing"] and written["result"]["left_out"][0]["line"] == 4
+    for sources in ([], ["--videos", damaged, "--frames", damaged]):
+        assert "give either --videos or --frames" in str(invoke(clip_folder, *options, *sources).exception)
