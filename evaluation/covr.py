@@ -24,6 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,7 @@ def _triplet(place, line, row):
     for name in ("pth1", "pth2"):
         parts = row[name].split("/")
         if len(parts) != 2 or any(part.strip(" .") == "" or "\\" in part or "\0" in part for part in parts):
-            raise ValueError(f"{place}: {name} must be folder/id, as in 013201_013250/1028682521, got {row[name]!r}")
+            raise ValueError(f"{place}: {name} must be folder/id, the place of a video's file, got {row[name]!r}")
     if row["pth1"] == row["pth2"]:
         raise ValueError(f"{place}: the target is the query's own video, {row['pth1']}, which is never found")
     if not clean_edit(row["edit"]).strip():
@@ -175,6 +176,8 @@ def evaluate_covr(
           `weighted` is None if no row has scores;
         - `rows`, `gallery`, `own_video_in_gallery`, `equal_weights`: how many were scored; are searched; have their
           query among the targets; have scores that don't fit their frames. `frames`: number of frames → targets;
+        - `sorted_by_target`: whether the rows stand in the order of their targets. If not, the official test masks
+          wrong pairs instead of a query with its own video, since it looks up the rows after sorting them;
         - `coverage`: `{"rows", "queries", "targets"}`, each [found, in the file], of distinct videos;
         - `left_out`: `{"line", "why"}` of each row that was not scored;
         - `source`: where the frames are from, and the side they were squashed to.
@@ -276,6 +279,7 @@ def _score(triplets, queries, targets, rows_of, out):
         "rows": len(triplets),
         "gallery": len(gallery_videos),
         "own_video_in_gallery": sum(triplet.query in gallery_videos for triplet in triplets),
+        "sorted_by_target": all(a.target < b.target for a, b in pairwise(triplets)),
         "equal_weights": sum(len(s) != len(e) for s, e in zip(scores, frame_embeds)),
         "frames": {str(number): count for number, count in sorted(Counter(map(len, frame_embeds)).items())},
     }

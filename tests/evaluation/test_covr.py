@@ -61,7 +61,7 @@ def test_metrics_are_those_worked_out_by_hand(evaluated):
     assert result["rows"] == result["gallery"] == 5 and result["own_video_in_gallery"] == 1
     assert result["equal_weights"] == 1 and result["frames"] == {"3": 1, "15": 4}
     assert result["coverage"] == {"rows": [5, 5], "queries": [3, 3], "targets": [5, 5]} and result["left_out"] == []
-    assert result["source"]["squash"] is None
+    assert result["sorted_by_target"] and result["source"]["squash"] is None
 
 
 def test_similarities_are_those_worked_out_by_hand(evaluated):
@@ -200,6 +200,7 @@ def test_two_processes_write_what_one_writes(evaluated, data, tmp_path):
         ("keep, these's - and/or?", "keep, these's - and/or?"),
         ("a\tb\nc", "a\tb\nc"),  # on their own they stay
         ("a\t\nb", "a b"),
+        ("\ta\n", "\ta"),
         ("ÉTÉ", "été"),
         (" ".join(map(str, range(40))), " ".join(map(str, range(30)))),
     ],
