@@ -122,7 +122,7 @@ def extract_frames(
     Args:
         source: where the videos are.
         wanted: pairs of role and video, each once.
-        folder: is made; see `Frames` for what is in it. For the 2,556 targets at 596×336, about 14 GB.
+        folder: is made; see `Frames` for what is in it. Some 0.3 MB a frame of 596×336.
         squash: side in pixels of a square that each frame is resized to (bicubic, whatever its shape).
         skip_unreadable: go on after a video that can't be read.
 
