@@ -1,10 +1,7 @@
 """Rows of files and of captioned images; `gcl embed` and `gcl search` over them."""
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from backbones import random_image, tiny_encoder, tiny_processor
@@ -15,8 +12,6 @@ from retrieval.rows import PairRows, read_rows
 from retrieval.run import Run
 from retrieval.source_arguments import SourceArguments
 from retrieval.sources import load_pairs
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -133,13 +128,14 @@ def test_bad_input_is_a_message(folder, tmp_path, monkeypatch, capsys):
     assert "none holds no embeddings" in missing and not (tmp_path / "run").exists()
 
 
-def test_a_process_that_cannot_read_a_row_ends_all(folder, tmp_path):
-    rows = write(tmp_path / "rows.jsonl", [{"id": "a", "text": "x"}, {"id": "b", "image": "none.png"}])
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "gcl.py", "embed"]
-    done = subprocess.run(
-        [sys.executable, "-m", *map(str, (*command, folder / "model", rows, tmp_path / "out"))],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode != 0 and "error: rank 1: row 'b': " in done.stderr
-    assert "read (process 0 of 2)" in done.stderr and not (tmp_path / "out" / "manifest.json").exists()
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_process_of_a_launch_leaves_at_once(broken, folder, tmp_path, monkeypatch, capsys):
+    """And the launcher ends the others: tests/distributed/test_failures.py."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("os._exit", sys.exit)
+    if broken:
+        monkeypatch.setattr("retrieval.rows.read_rows", lambda *args: 1 / 0)
+    assert run(monkeypatch, "embed", folder / "model", tmp_path / "none.jsonl", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "error: rank 0: " in error and ("none.jsonl" in error) != broken
+    assert ("ZeroDivisionError" in error and "Traceback" in error) == broken
