@@ -15,9 +15,10 @@ A candidate x is left out for a query q by proof only:
 
 Every decision carries its certificate, so that the result is `exact_top_k`'s to the bit on any pool: μ, s and d decide
 only how many candidates remain. Where too many do (thousands of equal candidates), the query is compared with the whole
-chunk exactly.
+chunk exactly. On a CPU each of torch's threads takes chunks of its own.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -79,17 +80,35 @@ def _search(queries, candidates, pool, k, chunk_size, first_query):
     lower = _lower_bounds(screen, candidates, k, runs_over(count, _sample_size(k)))
     if lower is None:
         return exact_top_k(queries.grid, candidates, k)
-    found = _Found(queries, candidates, k, lower)
-    for start in range(0, count, chunk_size):
-        stop, crowded = min(start + chunk_size, count), everyone
-        chunk = screen.chunk([(start, stop)])
-        if chunk is not None:
-            pairs, crowded = screen.survivors(chunk, found.lower)
-            found.add(pairs, start, chunk.slack)
-        if len(crowded):
-            rows = as_tensor(candidates[start:stop]).to(queries.grid.device)
-            found.add_all(crowded, on_grid(rows, "candidates", start), start)
-    return found.result()
+    threads = torch.get_num_threads() if lower.device.type == "cpu" else 1
+    threads = min(threads, -(-count // chunk_size))
+
+    def search(thread):
+        found = _Found(queries, candidates, k, lower)
+        for start in range(thread * chunk_size, count, threads * chunk_size):
+            stop, crowded = min(start + chunk_size, count), everyone
+            chunk = screen.chunk([(start, stop)])
+            if chunk is not None:
+                pairs, crowded = screen.survivors(chunk, lower)
+                found.add(pairs, start, chunk.slack)
+            if len(crowded):
+                rows = as_tensor(candidates[start:stop]).to(queries.grid.device)
+                found.add_all(crowded, on_grid(rows, "candidates", start), start)
+        return found.keys()
+
+    return scores_and_indices(torch.cat(_in_threads(search, threads), dim=1).topk(k, dim=1).values)
+
+
+def _in_threads(search, threads):
+    """`search(0)`, `search(1)`, … at once, each with one of torch's threads: its steps are too short to be shared."""
+    if threads == 1:
+        return [search(0)]
+    of_torch = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as executor:
+            return list(executor.map(search, range(threads)))
+    finally:
+        torch.set_num_threads(of_torch)
 
 
 def _lower_bounds(screen, candidates, k, runs):
@@ -247,7 +266,8 @@ class _Chunk(NamedTuple):
 
 class _Found:
     """What may belong to the k best of each query: `lower` (Q,) float64 bounds of the k-th best score from below, pairs
-    not scored exactly yet, and the keys (Q, k) of those that are."""
+    not scored exactly yet, and the keys (Q, k) of those that are. Threads share `lower` and raise it in place: one that
+    overwrites another's number leaves a bound all the same."""
 
     def __init__(self, queries, candidates, k, lower):
         self.queries, self.single, self.candidates, self.k, self.lower = (
@@ -274,7 +294,7 @@ class _Found:
         at, row, upper, lower = (torch.cat(part) for part in zip(*scored))
         self.seen = torch.cat([self.seen, _by_query(at, lower, len(self.queries), -torch.inf)], dim=1)
         self.seen = self.seen.topk(self.k, dim=1).values
-        self.lower = torch.maximum(self.lower, self.seen[:, -1])
+        torch.maximum(self.lower, self.seen[:, -1], out=self.lower)
         self.pending.append((at, row, upper))
         self.num_pending += len(at)
         if self.num_pending > len(self.queries) * (4 * self.k + _MAX_PENDING):
@@ -286,11 +306,12 @@ class _Found:
         self.best[which] = keys.topk(self.k, dim=1).values
         known = self.best[:, -1] != _NO_KEY
         scores = scores_and_indices(self.best[:, -1])[0].double()
-        self.lower = torch.where(known, torch.maximum(self.lower, scores), self.lower)
+        torch.where(known, torch.maximum(self.lower, scores), self.lower, out=self.lower)
 
-    def result(self):
+    def keys(self):
+        """(Q, k) of the best, `_NO_KEY` where there are no more."""
         self._settle()
-        return scores_and_indices(self.best)
+        return self.best
 
     def _settle(self):
         """Score what is pending exactly, unless `lower` has left it behind."""

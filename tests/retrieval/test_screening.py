@@ -1,5 +1,7 @@
 """Screened search equals the exact one to the bit, whatever the pool; and screens where it can."""
 
+import threading
+
 import faiss
 import numpy as np
 import pytest
@@ -117,7 +119,10 @@ def test_equals_the_exact_search(pool, data):
     queries, candidates = rows[count:], rows[:count]
     if data.draw(st.booleans()):
         queries = candidates[torch.from_numpy(rng.integers(0, count, num_queries))]  # as in i→i, each finds itself
+    threads = torch.get_num_threads()
+    torch.set_num_threads(data.draw(st.sampled_from((1, 3))))
     assert_equal(queries, candidates, k, chunk_size=data.draw(st.integers(1, count + 2)))
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("k", [1, 7, 299, 300])
@@ -133,6 +138,24 @@ def test_float64_and_half_precision_arrays_and_memory_maps(tmp_path):
     np.save(tmp_path / "rows.npy", rows.astype(np.float16))
     assert_equal(queries, np.load(tmp_path / "rows.npy", mmap_mode="r"), 3, chunk_size=128)
     assert_equal(queries.astype(np.float32), torch.from_numpy(rows).to(torch.bfloat16), 3)
+
+
+def test_threads_are_torchs_and_given_back():
+    rng, threads = np.random.default_rng(0), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        seen, chunk = set(), screening._Screen.chunk
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                screening._Screen, "chunk",
+                lambda *args: seen.add((threading.get_ident(), torch.get_num_threads())) or chunk(*args),
+            )  # fmt: skip
+            assert_equal(sphere(rng, 9, 24), sphere(rng, 3000, 24), 5, chunk_size=100)
+        main = (threading.get_ident(), 3)  # samples
+        assert main in seen and {number for _, number in seen - {main}} == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_few_candidates_are_scored_exactly(monkeypatch):
