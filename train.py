@@ -12,20 +12,20 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
+from evaluation.environment import collect_environment, command_line
 from evaluation.pairs import evaluate_embeddings
 from evaluation.plots import modality_pca, nine_way_heatmap, training_curves
 from evaluation.report import nine_way_table
 from evaluation.result_sheet import result_sheet
 from modeling_gcl import GCLModel, GCLProcessor, ImageError, load_image
-from publishing.environment import collect_environment, command_line
 from publishing.hub_folder import write_hub_folder
 from publishing.model_card import CardFacts, DataSource
+from retrieval.failures import failing_together, stop
+from retrieval.sources import read_source
 from training.data import PairCollator, build_dataset
-from training.failures import failing_together, stop
 from training.freezing import freeze_parts, parameter_counts, parameter_table
 from training.preprocessing import choose_preprocessing
 from training.recipe import parse_recipe
-from training.sources import read_source
 from training.trainer import GCLTrainer, headline_metrics
 
 CARD_ARGUMENTS = (

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from publishing.environment import collect_environment, command_line
+from evaluation.environment import collect_environment, command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "benchmarks"

@@ -71,7 +71,7 @@ class CardFacts:
         recipe: the recipe as run, overrides included (`model`, `data`, `training`).
         training_arguments: name → value of the hyper-parameters worth a table (learning rate, batch size, ...).
         data: training sources; dicts with `DataSource`'s fields are accepted.
-        environment: what `publishing.environment.collect_environment` returned.
+        environment: what `evaluation.environment.collect_environment` returned.
         train_runtime: seconds.
         parameters: `{"total": int, "trainable": int}`.
         embedding_dim: D.

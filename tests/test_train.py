@@ -13,9 +13,9 @@ from backbones import random_image
 import train
 from evaluation.pairs import evaluate_pairs
 from modeling_gcl import GCLModel, GCLProcessor
-from training.arguments import SourceArguments
-from training.source_checks import SourceReport
-from training.sources import load_pairs
+from retrieval.source_arguments import SourceArguments
+from retrieval.source_checks import SourceReport
+from retrieval.sources import load_pairs
 
 
 def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys):

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from modeling_gcl.rows_gcl import load_image
+from retrieval.source_checks import DataError, SourceReport
+from retrieval.sources import read_source
 from training.arguments import DataArguments
 from training.augmentation import augment
 from training.decoding import decode_rgb
 from training.mixing import draws_per_epoch, epoch_plan, mixing_shares
 from training.preprocessing import TensorPreprocessing
-from training.source_checks import DataError, SourceReport
-from training.sources import read_source
 
 MAX_BROKEN_IN_A_ROW = 100
 
@@ -149,7 +149,7 @@ def build_dataset(
         preprocessing: as of `PairDataset`.
 
     Raises:
-        DataError: as `training.sources.read_source` lists them.
+        DataError: as `retrieval.sources.read_source` lists them.
     """
     read = [read_source(source, max_broken_share=data.max_broken_share) for source in data.train]
     weights = [source.weight for source in data.train]

@@ -15,7 +15,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from training.arguments import DataArguments, ModelArguments, SourceArguments
+from retrieval.source_arguments import SourceArguments
+from training.arguments import DataArguments, ModelArguments
 from training.recipe_help import format_help
 from training.recipe_values import RecipeError, choices, convert, is_switch, read_option, read_yaml, write_yaml
 from training.training_arguments import GCLTrainingArguments

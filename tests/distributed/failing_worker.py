@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from training.failures import failing_together, stop
+from retrieval.failures import failing_together, stop
 
 HOW = sys.argv[1]
 RANK = int(os.environ["RANK"])

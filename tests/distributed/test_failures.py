@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from training.failures import stop
+from retrieval.failures import stop
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "distributed" / "failing_worker.py"

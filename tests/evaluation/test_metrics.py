@@ -4,7 +4,9 @@ import pytest
 
 from evaluation.metrics import load_metric
 from evaluation.metrics.hit_rate.hit_rate import hit_rate_at_k
+from evaluation.metrics.mrr.mrr import mrr_at_k
 from evaluation.metrics.ndcg.ndcg import ndcg_at_k
+from evaluation.metrics.recall.recall import recall_at_k
 
 # three queries by hand: relevant at rank 2; relevant at ranks 1 and 4; nothing relevant retrieved
 RANKINGS = [[7, 3, 5, 1], [2, 9, 8, 4], [5, 6, 7, 8]]
@@ -42,7 +44,21 @@ def test_ndcg_by_hand(k, expected):
     assert result == {f"ndcg@{k}": pytest.approx(expected)}
 
 
-@pytest.mark.parametrize("name", ["hit_rate", "ndcg"])
+@pytest.mark.parametrize(("k", "expected"), [(1, (0 + 1 / 2 + 0) / 3), (2, (1 + 1 / 2 + 0) / 3), (4, (1 + 1 + 0) / 3)])
+def test_recall_by_hand(k, expected):
+    assert recall_at_k(RANKINGS, RELEVANT, k) == pytest.approx(expected)
+    result = load_metric("recall").compute(predictions=RANKINGS, references=RELEVANT, k=k)
+    assert result == {f"recall@{k}": pytest.approx(expected)}
+
+
+@pytest.mark.parametrize(("k", "expected"), [(1, (0 + 1 + 0) / 3), (2, (1 / 2 + 1 + 0) / 3), (4, (1 / 2 + 1 + 0) / 3)])
+def test_mrr_by_hand(k, expected):
+    assert mrr_at_k(RANKINGS, RELEVANT, k) == pytest.approx(expected)
+    result = load_metric("mrr").compute(predictions=RANKINGS, references=RELEVANT, k=k)
+    assert result == {f"mrr@{k}": pytest.approx(expected)}
+
+
+@pytest.mark.parametrize("name", ["hit_rate", "ndcg", "recall", "mrr"])
 def test_string_ids_give_the_same_as_numbers(name):
     metric = load_metric(name)
     as_text = [[[f"doc:{item}" for item in row] for row in table] for table in (RANKINGS, RELEVANT)]
@@ -51,7 +67,7 @@ def test_string_ids_give_the_same_as_numbers(name):
     )
 
 
-@pytest.mark.parametrize("metric", [hit_rate_at_k, ndcg_at_k])
+@pytest.mark.parametrize("metric", [hit_rate_at_k, ndcg_at_k, recall_at_k, mrr_at_k])
 def test_bad_input_is_refused(metric):
     with pytest.raises(ValueError, match="query 1 has no relevant item"):
         metric([[1], [2]], [[1], []], 1)
@@ -69,5 +85,5 @@ def test_ndcg_refuses_an_item_twice():
 
 
 def test_an_unknown_metric_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ValueError, match="no metric 'bleu'; there are: hit_rate, ndcg"):
+    with pytest.raises(ValueError, match="no metric 'bleu'; there are: hit_rate, mrr, ndcg, recall"):
         load_metric("bleu")

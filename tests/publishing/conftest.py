@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from evaluation.embeddings import MODALITIES, PairEmbeddings
+from evaluation.environment import collect_environment
 from evaluation.pairs import evaluate_embeddings
-from publishing.environment import collect_environment
 from publishing.model_card import CardFacts, DataSource
 
 

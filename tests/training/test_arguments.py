@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+from retrieval.source_arguments import SourceArguments
 from training import training_arguments as arguments_module
-from training.arguments import DataArguments, ModelArguments, SourceArguments
+from training.arguments import DataArguments, ModelArguments
 from training.training_arguments import GCLTrainingArguments
 
 

@@ -12,10 +12,11 @@ from backbones import random_image, tiny_processor
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from training.arguments import DataArguments, SourceArguments
+from retrieval.source_arguments import SourceArguments
+from retrieval.source_checks import DataError
+from training.arguments import DataArguments
 from training.data import BrokenImages, PairCollator, PairDataset, build_dataset, stable_hash
 from training.preprocessing import TensorPreprocessing
-from training.source_checks import DataError
 
 
 def make_pairs(count, captions=4, name="p", broken=(), format="PNG"):

@@ -8,7 +8,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.arguments import DataArguments, ModelArguments, SourceArguments
+from retrieval.source_arguments import SourceArguments
+from training.arguments import DataArguments, ModelArguments
 from training.recipe import SECTIONS, RecipeError, parse_recipe
 from training.recipe_help import field_docs
 from training.recipe_values import read_yaml, write_yaml

@@ -7,9 +7,9 @@ from training_runs import make_pairs, make_trainer
 
 from evaluation.pairs import evaluate_pairs
 from modeling_gcl import GCLModel, contrastive_loss, gcl_loss
+from retrieval.source_checks import DataError
 from training.data import PairCollator
 from training.freezing import freeze_parts
-from training.source_checks import DataError
 from training.training_arguments import GCLTrainingArguments
 
 

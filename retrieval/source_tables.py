@@ -13,8 +13,8 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from training.arguments import SourceArguments
-from training.source_checks import (
+from .source_arguments import SourceArguments
+from .source_checks import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     MISSING,
@@ -24,7 +24,7 @@ from training.source_checks import (
     check_captions,
     find_column,
 )
-from training.source_files import FEATURES, Listed, inside, missing_reason, pairs_from_list
+from .source_files import FEATURES, Listed, inside, missing_reason, pairs_from_list
 
 TEXT = (datasets.Value("string"), datasets.Value("large_string"))
 BYTES = (datasets.Value("binary"), datasets.Value("large_binary"))
@@ -79,7 +79,7 @@ def pairs_from_table(
             a Hub data set, whose files are in the caches of the Hub.
 
     Raises:
-        DataError: as `training.sources.read_source` lists them.
+        DataError: as `retrieval.sources.read_source` lists them.
     """
     if len(table) == 0:
         raise DataError(f"{place} has no rows")

@@ -12,8 +12,8 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from training.arguments import SourceArguments
-from training.sources import DataError, load_pairs, read_source
+from retrieval.source_arguments import SourceArguments
+from retrieval.sources import DataError, load_pairs, read_source
 
 COLOURS = {"a.png": "red", "b.png": "green", "sub/c.png": "blue"}
 

@@ -5,8 +5,8 @@ import sys
 
 import torch
 
+from evaluation.environment import collect_environment, command_line, git_state
 from publishing import environment
-from publishing.environment import collect_environment, command_line, git_state
 
 
 def test_environment_is_complete():

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import datasets
 
-from training.arguments import SourceArguments
-from training.source_checks import (
+from .source_arguments import SourceArguments
+from .source_checks import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     MISSING,
@@ -124,7 +124,7 @@ def pairs_from_list(
     A joined pair keeps the id of its first row.
 
     Raises:
-        DataError: as `training.sources.read_source` lists them.
+        DataError: as `retrieval.sources.read_source` lists them.
     """
     root = Path(os.path.abspath(root))
     pairs: dict[str, tuple[str, list[str]]] = {}

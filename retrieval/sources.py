@@ -10,10 +10,10 @@ from pathlib import Path
 
 import datasets
 
-from training.arguments import SourceArguments
-from training.source_checks import DataError, SourceReport
-from training.source_files import metadata_file, pairs_from_list, read_list, read_sidecars
-from training.source_tables import pairs_from_table, read_hub, read_parquet
+from .source_arguments import SourceArguments
+from .source_checks import DataError, SourceReport
+from .source_files import metadata_file, pairs_from_list, read_list, read_sidecars
+from .source_tables import pairs_from_table, read_hub, read_parquet
 
 LIST_SUFFIXES = (".csv", ".jsonl", ".json")
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
