@@ -151,16 +151,17 @@ def _rows(batch, wanted, prompt, side):
 
 def _describe(model, processor, name, settings):
     config, fingerprint = model.config, model_fingerprint(model, processor)
-    commits = [getattr(part, "_commit_hash", None) for part in (config, config.encoder_config)]
     content = hashlib.sha256("".join(fingerprint[part] for part in ("weights", "config", "processor")).encode())
     content = content.hexdigest()[:16]
     is_folder = Path(name).is_dir()
+    known = [getattr(part, "_commit_hash", None) for part in (config, config.encoder_config)]
+    commit = None if is_folder else next(filter(None, known), None)
     max_tokens = processor.max_text_length or processor.tokenizer.model_max_length
     parameters = list(model.parameters())
     return ModelMeta(
         loader=None,
         name=name if "/" in name and not is_folder else f"local/{Path(name).resolve().name}",
-        revision=content if is_folder else next(filter(None, commits), content),
+        revision=commit or content,
         release_date=None,
         languages=None,
         n_parameters=sum(parameter.numel() for parameter in parameters),
@@ -168,7 +169,7 @@ def _describe(model, processor, name, settings):
         memory_usage_mb=sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20,
         max_tokens=max_tokens if max_tokens < _UNLIMITED else None,
         embed_dim=settings.get("truncate_dim", config.projection_dim),
-        license=_licence(name),
+        license=_licence(name, commit),
         open_weights=None,
         public_training_code=None,
         public_training_data=None,
@@ -181,10 +182,11 @@ def _describe(model, processor, name, settings):
     )
 
 
-def _licence(name):
+def _licence(name, commit):
     """The licence in the checkpoint's model card, if there is one that mteb knows."""
-    path = cached_file(
-        name, "README.md", _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
-    )
+    lenient = {
+        f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors", "gated_repo")
+    }
+    path = cached_file(name, "README.md", revision=commit, **lenient)
     licence = ModelCard.load(path).data.get("license") if path else None
     return licence if licence in get_args(Licenses) else None

@@ -34,7 +34,7 @@ def _task(name):
         raise ValueError(f"mteb {mteb.__version__} has no task or benchmark {name!r}: {error.args[0]}") from error
 
 
-def evaluate_tasks(
+def measure_tasks(
     encoder: GCLEncoder, tasks: list, out: str | Path, *, batch_size: int = 64, show_progress: bool = False
 ) -> list[dict]:
     """
