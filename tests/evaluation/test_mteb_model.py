@@ -213,14 +213,19 @@ def test_the_ranking_is_that_of_exact_search(name, local_task, tmp_path):
         assert np.allclose(sorted(ranking.values(), reverse=True), scores[query], atol=1e-6)
 
 
-def test_instructions_go_before_queries_only(local_task, planted, tmp_path):
+PROMPT = "Identify the news photo for the given caption."
+
+
+@pytest.mark.parametrize("prompt", [{"query": PROMPT}, PROMPT])  # mteb has a bare one for either side
+def test_instructions_go_before_queries_only(prompt, local_task, planted, tmp_path):
     degrees, data = edis()
+    task = local_task(*data)
+    assert task.metadata.prompt == {"query": PROMPT}
+    task.metadata = task.metadata.model_copy(update={"prompt": prompt})
     encoder = planted(degrees, instructions=True)
-    measure_tasks(encoder, [local_task(*data)], tmp_path)
+    measure_tasks(encoder, [task], tmp_path)
     instructed = [row for row in encoder.rows if "instruction" in row]
-    assert [(row["text"], row["instruction"]) for row in instructed] == [
-        ("Snow.", "Identify the news photo for the given caption.")
-    ]
+    assert [(row["text"], row["instruction"]) for row in instructed] == [("Snow.", PROMPT)]
     (file,) = tmp_path.glob("results/planted__table/*/experiments/instructions_True/EDIST2ITRetrieval.json")
     assert json.loads(file.read_text())["dataset_revision"] == "local"
 
@@ -294,8 +299,11 @@ def model_folder(tmp_path):
 def test_the_meta_describes_the_checkpoint(model_folder):
     model = GCLModel.from_pretrained(model_folder)
 
+    def encoder(**options):
+        return GCLEncoder(model, tiny_processor("clip"), model_folder, **options)
+
     def meta(**options):
-        return GCLEncoder(model, tiny_processor("clip"), model_folder, **options).mteb_model_meta
+        return encoder(**options).mteb_model_meta
 
     plain = meta()
     assert (plain.name, plain.license, plain.embed_dim, plain.max_tokens) == ("local/my model", "apache-2.0", 24, 16)
@@ -305,6 +313,11 @@ def test_the_meta_describes_the_checkpoint(model_folder):
     cut = meta(truncate_dim=6, settings={"variant": "sum"})
     assert cut.embed_dim == 6 and cut.experiment_kwargs == {"variant": "sum", "truncate_dim": 6}
     assert cut.revision == plain.revision
+    embeds = encoder(truncate_dim=6).encode(
+        Batches([{"text": ["a dog"]}]), task_metadata=mteb.get_task("CIFAR10ZeroShot").metadata, hf_split="test",
+        hf_subset="default",
+    )  # fmt: skip
+    assert embeds.shape == (1, 6)
     with torch.no_grad():
         model.encoder.text_projection.weight[0, 0] += 1
     assert meta().revision != plain.revision
