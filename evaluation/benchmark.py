@@ -61,9 +61,9 @@ def evaluate_tasks(
 
     Returns:
         On process 0, None on the others; rates in 0..1:
-        - `tasks`: name → `{"direction", "queries", "pool", SCOPE: {"candidates", "positives_outside", metrics…}}` in the
-          order of `tasks`. `positives_outside` counts the positives that the scope's pool does not hold (M-BEIR's OVEN
-          and InfoSeek share positives): they can't be found and lower recall and nDCG, not the hit rate's definition;
+        - `tasks`: name → `{"direction", "queries", "pool", SCOPE: {"candidates", "positives_outside", metrics…}}`;
+          `positives_outside` counts the positives that the scope's pool does not hold (OVEN and InfoSeek of M-BEIR
+          share positives): they can't be found, and lower recall and nDCG;
         - `candidates`: pool → how many; `skipped`: store → `{id: why}` of rows without embedding, where there are any.
 
     Raises:

@@ -20,7 +20,7 @@ stage1=outputs/flickr8k/stage1/model
 centred=outputs/flickr8k/centred
 test=data/flickr8k_test_1000_224q85.parquet
 [ -e $centred/results.json ] ||
-  gcl evaluate pairs $stage1 $test --centre-on data/flickr8k_train_6000_160q85.parquet --out $centred
+  gcl evaluate pairs $stage1 $test --variant centring --centre-on data/flickr8k_train_6000_160q85.parquet --out $centred
 
 runs=results/flickr8k/runs
 mkdir -p $runs

@@ -59,7 +59,7 @@ def test_embeddings_are_cut_when_asked(model_folder, tmp_path, monkeypatch, caps
 def test_centring_takes_its_means_from_other_pairs(model_folder, tmp_path, monkeypatch):
     data, calibration = write_parquet(tmp_path / "a.parquet", 12), write_parquet(tmp_path / "b.parquet", 20, seed=9)
     run(monkeypatch, "evaluate", "pairs", model_folder, data, "--out", tmp_path / "plain")
-    arguments = (model_folder, data, "--centre-on", calibration, "--out", tmp_path / "centred")
+    arguments = (model_folder, data, "--variant", "centring", "--centre-on", calibration, "--out", tmp_path / "centred")
     assert run(monkeypatch, "evaluate", "pairs", *arguments) == 0
     gaps = {}
     for name in ("plain", "centred"):
@@ -82,11 +82,27 @@ def test_stored_means_are_an_option_of_the_checkpoint(model_folder, tmp_path, mo
     torch.testing.assert_close(plain.encode(rows, processor), before)
     expected = torch.nn.functional.normalize(before - before.mean(0), dim=-1)
     torch.testing.assert_close(centred.encode(rows, processor), expected)
-    arguments = ("evaluate", "pairs", tmp_path / "with_means", calibration, "--centring", "--out", tmp_path / "out")
-    assert run(monkeypatch, *arguments) == 0
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["centring"] is True
-    again = run(monkeypatch, *arguments, "--centre-on", calibration)
-    assert "centres its embeddings already" in again
+    centring = ("--variant", "centring", "--out", tmp_path / "out")
+    assert run(monkeypatch, "evaluate", "pairs", tmp_path / "with_means", calibration, *centring) == 0
+    stored = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert stored["centring"] is True and stored["centre_on"] is None
+    assert "has no modality means" in run(monkeypatch, "evaluate", "pairs", model_folder, calibration, *centring)
+    # the means of other pairs win over those stored
+    given = (*centring, "--centre-on", calibration)
+    assert run(monkeypatch, "evaluate", "pairs", model_folder, calibration, *given) == 0
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["after"] == stored["after"]
+
+
+def test_several_variants_in_one_command(model_folder, tmp_path, monkeypatch, capsys):
+    data = write_parquet(tmp_path / "pairs.parquet", 12)
+    variants = ("plain", "sum", "normalized_sum+centring")
+    options = [word for name in variants for word in ("--variant", name)]
+    out = ("--centre-on", data, "--out", tmp_path / "out")
+    assert run(monkeypatch, "evaluate", "pairs", model_folder, data, *options, *out) == 0
+    results = [json.loads((tmp_path / "out" / name / "results.json").read_text()) for name in variants]
+    assert [result["centre_on"] for result in results] == [None, None, str(data)]
+    assert [result["fusion"] for result in results[1:]] == ["sum", "normalized_sum"]
+    assert all(f"{name}:" in capsys.readouterr().out for name in variants[:1])
 
 
 def test_summary_of_seeds(model_folder, tmp_path, monkeypatch, capsys):
@@ -105,7 +121,7 @@ def test_summary_of_seeds(model_folder, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["evaluate", "pairs", "nowhere/at/all", "x.parquet"], "nowhere/at/all"),
+        (["evaluate", "pairs", "model", "nowhere/at/all"], "nowhere/at/all"),
         (["convert", "towers", "out", "--image-size", "50"], "multiple of 32"),
     ],
 )

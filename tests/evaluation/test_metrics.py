@@ -85,5 +85,5 @@ def test_ndcg_refuses_an_item_twice():
 
 
 def test_an_unknown_metric_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ValueError, match="no metric 'bleu'; there are: hit_rate, ndcg"):
+    with pytest.raises(ValueError, match="no metric 'bleu'; there are: hit_rate, mrr, ndcg, recall"):
         load_metric("bleu")

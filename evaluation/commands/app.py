@@ -1,0 +1,10 @@
+"""`gcl evaluate`: each protocol is a command."""
+
+import typer
+
+from evaluation.commands.pairs import compare, pairs, summary
+
+app = typer.Typer(no_args_is_help=True, help="Measure models by a protocol.")
+app.command("pairs")(pairs)
+app.command("compare")(compare)
+app.command("summary")(summary)

@@ -1,0 +1,95 @@
+"""`gcl convert`: other checkpoints into folders that GCL starts from."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Turn other checkpoints into folders that GCL starts from.")
+
+
+@app.command("towers")
+def towers(
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    projection_dim: Annotated[
+        int | None, typer.Option(help="Width of the common space.", show_default="256; with --vista MiniLM's 384")
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Side of the square input in pixels, a multiple of 32.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the new projections.")] = 0,
+    vista: Annotated[bool, typer.Option("--vista", help="Join them as VISTA does.")] = False,
+):
+    """MiniLM-L6 and EfficientNet-Lite0 from their PyPI packages as one VisionTextDualEncoder folder."""
+    from publishing.towers import convert_towers, convert_towers_to_vista
+
+    if vista and projection_dim is not None:
+        raise ValueError("--projection-dim is not for --vista, whose common space is MiniLM's own, 384 wide")
+    if vista:
+        typer.echo(convert_towers_to_vista(out, image_size=image_size, seed=seed))
+    else:
+        width = 256 if projection_dim is None else projection_dim
+        typer.echo(convert_towers(out, projection_dim=width, image_size=image_size, seed=seed))
+
+
+@app.command("centring")
+def centring(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")],
+    data: Annotated[str, typer.Argument(help="Captioned images for calibration, never those that are searched.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
+    limit: Annotated[int | None, typer.Option(help="Only the first pairs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows embedded at once.")] = 64,
+):
+    """The same model with its modality means stored: AutoModel.from_pretrained(OUT, centring=True) subtracts them."""
+    import torch
+
+    from evaluation.centring import estimate_modality_means
+    from modeling_gcl import GCLModel, GCLProcessor
+    from publishing.new_folder import check_is_new, new_folder
+    from retrieval.source_arguments import SourceArguments
+    from retrieval.sources import load_pairs
+
+    check_is_new(out)
+    encoder, processor = GCLModel.from_encoder(model).eval(), GCLProcessor.from_encoder(model)
+    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    pairs = load_pairs(SourceArguments(data, split=split, limit=limit))
+    estimate_modality_means(encoder, processor, pairs, batch_size=batch_size, show_progress=sys.stderr.isatty())
+    with new_folder(out) as folder:
+        processor.save_pretrained(folder)
+        encoder.save_pretrained(folder)
+    typer.echo(out)
+
+
+@app.command("open-clip")
+def open_clip(
+    file: Annotated[Path, typer.Argument(help="State dict of open_clip or TinyCLIP: .pt, .pth, .bin, .safetensors.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="Folder or Hub id of CLIP's tokenizer.")
+    ] = "openai/clip-vit-base-patch32",
+    config: Annotated[Path | None, typer.Option(help="The model's open_clip_config.json.")] = None,
+    quick_gelu: Annotated[
+        bool | None, typer.Option("--quick-gelu/--gelu", help="Activation, where no config tells it.")
+    ] = None,
+):
+    """An open_clip or TinyCLIP checkpoint as a folder of transformers' CLIPModel."""
+    from publishing.open_clip import convert_open_clip
+
+    converted = convert_open_clip(file, out, tokenizer=tokenizer, config=config, quick_gelu=quick_gelu)
+    for note in converted.notes:
+        typer.echo(note)
+    typer.echo(converted.folder)
+
+
+@app.command("vista")
+def vista(
+    file: Annotated[Path, typer.Argument(help="Visualized_base_en_v1.5.pth, Visualized_m3.pth, or one trained so.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder or Hub id; by default BAAI/bge-base-en-v1.5 or BAAI/bge-m3, by variant.")
+    ] = None,
+):
+    """VISTA's (Visualized BGE's) own checkpoint as a GCL folder."""
+    from publishing.vista import convert_vista
+
+    typer.echo(convert_vista(file, out, tokenizer=tokenizer))
