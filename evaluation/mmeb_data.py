@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -154,20 +155,17 @@ class Images:
         )
 
 
-def download_mmeb(hub: str, sets: Sequence[str], *, version: int, revision: str | None, images: bool) -> Path:
-    """The sets' files, and `images.zip` if asked for (version 1), in the Hub's cache: a root for `read_set`.
+def download_mmeb(hub: str, sets: Sequence[str], *, revision: str | None, images: bool) -> Path:
+    """The files of these sets, and images.zip if asked for, in the Hub's cache: a root for `read_set`.
 
     Raises:
         DataError: the repository can't be had.
     """
-    import huggingface_hub
-
-    wanted = [f"{name}/*" for name in sets] + ([_ARCHIVE] if images and version == 1 else [])
+    wanted = [f"{name}/*" for name in sets] + ([_ARCHIVE] if images else [])
+    options = {"repo_type": "dataset", "revision": revision, "allow_patterns": wanted}
     try:
-        return Path(
-            huggingface_hub.snapshot_download(hub, repo_type="dataset", revision=revision, allow_patterns=wanted)
-        )
-    except (OSError, ValueError) as error:  # errors of the Hub are OSErrors
+        return Path(huggingface_hub.snapshot_download(hub, **options))
+    except (OSError, ValueError) as error:  # what the Hub says is an OSError
         raise DataError(f"{hub}: not to be had as a data set of the Hub (revision {revision}): {error}") from error
 
 

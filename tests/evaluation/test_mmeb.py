@@ -13,57 +13,35 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from backbones import tiny_encoder, tiny_processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from planted import PlantedModel
 
 from evaluation.mmeb import evaluate_mmeb, score_queries
 from evaluation.mmeb_data import Item, read_set
 from evaluation.mmeb_sets import CATEGORY_OF, PAPER_DIRECTIONS, chosen_sets
-from modeling_gcl import GCLModel, ImageError
+from modeling_gcl import ImageError
 from modeling_gcl.rows_gcl import load_image, parse_row
 from retrieval.embed import embed_rows
 
 IMAGE = "<|image_1|>\nRepresent the given image.\n"
 
 
-class Angles(GCLModel):
-    """Sees what is in a row; its weights serve the fingerprint only."""
-
-    @classmethod
-    def make(cls):
-        made = object.__new__(cls)
-        made.__dict__ = dict(GCLModel.from_encoder(tiny_encoder("clip"), fusion="normalized_sum").eval().__dict__)
-        return made
-
-    def encode(self, rows, processor=None, on_error="raise", **options):
-        angles, kept = [], []
-        for number, value in enumerate(rows):
-            row = parse_row(value, number)
-            angle = sum(map(int, re.findall(r"\d+", row.text or "")))
-            try:
-                angle += sum(load_image(image).getpixel((0, 0))[0] for image in row.images)
-            except ImageError:
-                if on_error == "raise":
-                    raise
-                continue
-            angles.append(np.deg2rad(angle))
-            kept.append(number)
-        embeds = torch.tensor(np.stack([np.cos(angles), np.sin(angles)], axis=-1), dtype=torch.float32)
-        return (embeds, kept) if on_error == "skip" else embeds
-
-
-@pytest.fixture(scope="module")
-def model():
-    return Angles.make(), tiny_processor("clip")
+def angle(row):
+    row = parse_row(row, 0)
+    try:
+        grey = sum(load_image(image).getpixel((0, 0))[0] for image in row.images)
+    except ImageError as error:
+        raise KeyError(str(error)) from error
+    degrees = np.deg2rad(grey + sum(map(int, re.findall(r"\d+", row.text or ""))))
+    return [np.cos(degrees), np.sin(degrees)]
 
 
 @pytest.fixture
-def embed(model, tmp_path):
+def embed(tmp_path):
     def embed(name, rows, on_error="raise"):
-        return embed_rows(*model, rows, tmp_path / "out" / "embeddings" / name, on_error=on_error)
+        return embed_rows(PlantedModel(angle), None, rows, tmp_path / "out" / "embeddings" / name, on_error=on_error)
 
     return embed
 
