@@ -47,7 +47,7 @@ def mmeb(
     from evaluation.mmeb_sets import chosen_sets
 
     if (root is None) == (hub is None):
-        raise typer.BadParameter("give either --root or --hub")
+        raise ValueError("give either --root or --hub")
     sets = chosen_sets([name.strip() for name in subsets.split(",") if name.strip()])
     data = {"root": None if root is None else str(root), "hub": hub, "hub_commit": None}
     if hub is not None:

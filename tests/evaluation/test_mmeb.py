@@ -192,6 +192,7 @@ def test_damage_within_the_archive_is_an_unreadable_image(root, embed, tmp_path)
 def test_missing_images_are_named_or_counted_and_miss(root, embed, tmp_path):
     (root / "images" / "NIGHTS" / "40.png").unlink()  # the first candidate of query 0
     (root / "images" / "NIGHTS" / "12.png").write_bytes(b"no image")  # query 1
+    (root / "images" / "OK-VQA" / "10.png").unlink()  # query 1
     (root / "images" / "VisDial" / "90.png").unlink()  # a candidate, the first one of query 1 and 3
     with pytest.raises(ImageError, match=r"MMEB's set NIGHTS: row '1 NIGHTS/12\.png': .*12\.png: not a readable image"):
         evaluate_mmeb(root, embed, tmp_path / "out", sets=["NIGHTS"])
@@ -201,11 +202,13 @@ def test_missing_images_are_named_or_counted_and_miss(root, embed, tmp_path):
     def skipping(name, rows):
         return embed("skipped/" + name, rows, "skip")
 
-    result = evaluate_mmeb(root, skipping, tmp_path / "out", sets=["NIGHTS", "VisDial"])
+    result = evaluate_mmeb(root, skipping, tmp_path / "out", sets=["NIGHTS", "VisDial", "OK-VQA"])
     nights, visdial = result["sets"]["NIGHTS"], result["sets"]["VisDial"]
     assert (nights["missing_queries"], nights["missing_candidates"], nights["precision@1"]) == (1, 1, 0)
     assert (visdial["missing_queries"], visdial["missing_candidates"], visdial["precision@1"]) == (0, 1, 0.5)
-    assert list(result["skipped"]) == ["queries/NIGHTS", "candidates/NIGHTS", "candidates/VisDial"]
+    assert result["sets"]["OK-VQA"]["precision@1"] == 2 / 3  # of all queries
+    stores = ["queries/NIGHTS", "candidates/NIGHTS", "candidates/VisDial", "queries/OK-VQA"]
+    assert list(result["skipped"]) == stores
     assert list(result["skipped"]["candidates/NIGHTS"]) == ["0.0 NIGHTS/40.png"]
     missing = {"rank": None, "margin": None}
     assert records(tmp_path / "out", "NIGHTS") == [
@@ -252,7 +255,8 @@ def root_2(tmp_path):
         ],
     )
     given = row_2("<|image_1|> Given 3, find:", "17", "CIRR/20.png", [""], ["CIRR/40.png", "CIRR/20.png"], IMAGE + "2")
-    write_set(root, "CIRR", [given])
+    # of images without a text, judged by the first, later texts are not read, but tell candidates apart
+    write_set(root, "CIRR", [given, given | {"tgt_text": ["", "500"]}])
     return root
 
 
@@ -273,7 +277,8 @@ def test_version_2_joins_instruction_and_text_as_upstream(root_2, embed, tmp_pat
     # told apart by image and text, less its quotes
     assert [item.text for item in refcoco.candidates] == ['"60"', "7"]
     assert [own.tolist() for own in refcoco.own] == [[0, 0, 1], [1, 0]]
-    assert cirr.candidates == [Item("Represent the given image.\n2", "", f"CIRR/{grey}.png") for grey in (40, 20)]
+    assert cirr.candidates == [Item("Represent the given image.\n2", "", f"CIRR/{grey}.png") for grey in (40, 20, 20)]
+    assert [own.tolist() for own in cirr.own] == [[0, 1], [0, 2]]
     assert parse_row(edis.candidate_rows()[0][1], 0).text == "Represent with 100 words: 10 a"
     assert parse_row(cirr.candidate_rows()[0][1], 0).text == "Represent the given image.\n2"
 
@@ -283,12 +288,12 @@ def test_version_2_joins_instruction_and_text_as_upstream(root_2, embed, tmp_pat
         "ImageNet-1K": 1.0, "EDIS": 0.5, "RefCOCO-Matching": 0.5, "CIRR": 1.0,
     }  # fmt: skip
     assert [one["predicted"] for one in records(tmp_path / "out", "RefCOCO-Matching")] == [2, 0]
-    assert result["version"] == 2 and result["sets"]["CIRR"]["candidate_kinds"] == {"it": 2}
+    assert result["version"] == 2 and result["sets"]["CIRR"]["candidate_kinds"] == {"it": 3}
 
 
 def test_version_2_without_instructions(root_2, embed, tmp_path):
     cirr = read_set(root_2, "CIRR", version=2, instructions=False)
-    assert cirr.queries == [Item("", "17", "CIRR/20.png")] and cirr.candidates[0].kind == "i"
+    assert cirr.queries[0] == Item("", "17", "CIRR/20.png") and cirr.candidates[0].kind == "i"
     result = evaluate_mmeb(root_2, embed, tmp_path / "out", sets=["CIRR", "EDIS"], version=2, instructions=False)
     assert result["instructions"] is False
     # 20 + 17 is next to 40; without the 100, the text of 130 and 170 is next to the largest sums

@@ -84,8 +84,8 @@ def test_from_the_hub(clip_folder, root, tmp_path, monkeypatch):
 
 def test_what_cannot_be_asked_for(clip_folder, root, tmp_path, monkeypatch):
     out = ("--out", tmp_path / "out")
-    assert run(monkeypatch, clip_folder, *out) == 2
-    assert run(monkeypatch, clip_folder, "--root", root, "--hub", "a/b", *out) == 2
+    for given in ((), ("--root", root, "--hub", "a/b")):
+        assert run(monkeypatch, clip_folder, *given, *out) == "error: give either --root or --hub"
     assert "GQB" in run(monkeypatch, clip_folder, "--root", root, "--subsets", "GQB", *out)
     assert "has no set VisDial" in run(monkeypatch, clip_folder, "--root", root, *out)
     one = ("--root", root, "--subsets", "GQA", *out)
