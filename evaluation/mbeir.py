@@ -74,7 +74,7 @@ def read_mbeir(
     instructions: bool = False,
 ) -> MBEIR:
     """
-    Go through all files that are needed, once. About 5 seconds for a million candidates.
+    Go through all files that are needed, once: a minute or so of a core for all pools, if images are found quickly.
 
     Args:
         tasks: of `mbeir_tasks.choose_tasks`. The global scope needs the pools of all 16, whatever tasks are chosen (or,

@@ -10,6 +10,7 @@ Under the root, and image paths relative to it:
 import json
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 
 from evaluation.mbeir_rows import Entry
@@ -71,7 +72,8 @@ class OriginalFiles:
 
 
 class JsonlTable:
-    """A `mbeir_rows.Table` over a .jsonl file; the key of an entry is where its line begins, in bytes.
+    """A `mbeir_rows.Table` over a .jsonl file; the key of an entry is where its line begins, in bytes. Not for several
+    threads at once.
 
     Args:
         columns: names of id, modality, text and image.
@@ -82,20 +84,24 @@ class JsonlTable:
 
     def __init__(self, path: Path, root: Path, columns: tuple[str, str, str, str]):
         self.path, self.root, self.columns = path, root, columns
+        self._prefix = f"{root}{os.sep}"
 
     def __iter__(self):
-        start = 0
+        start, name = 0, str(self.path)
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    place = f"{self.path}, line {number}"
+                    place = f"{name}, line {number}"
                     yield start, place, self._checked(line, place)
                 start += len(line)
 
     def __getitem__(self, key):
-        with self.path.open("rb") as file:
-            file.seek(key)
-            return self._entry(json.loads(file.readline()))
+        self._file.seek(key)
+        return self._entry(json.loads(self._file.readline()))
+
+    @cached_property
+    def _file(self):
+        return self.path.open("rb")  # for as long as entries may be asked for
 
     def missing_image(self, entry):
         return None if os.path.isfile(entry.image) else entry.image
@@ -110,13 +116,13 @@ class JsonlTable:
         absent = [name for name in self.columns if name not in values]
         if absent:
             raise ValueError(f"{place}: no {absent[0]!r}; there are {', '.join(values)}")
-        name, _, *contents = (values[column] for column in self.columns)
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"{place}: {self.columns[0]} must be a str that is not empty, got {name!r}")
-        for column, value in zip(self.columns[2:], contents, strict=True):
+        *names, text, image = (values[column] for column in self.columns)
+        for column, value in zip(self.columns, names, strict=False):
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"{place}: {column} must be a str that is not empty, got {value!r}")
+        for column, value in zip(self.columns[2:], (text, image), strict=True):
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{place}: {column} must be a str or null, got {type(value).__name__}")
-        image = contents[1]
         if image:
             path = os.path.normpath(image)
             if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
@@ -128,7 +134,7 @@ class JsonlTable:
 
     def _entry(self, values):
         name, modality, text, image = (values[column] for column in self.columns)
-        return Entry(name, parse_modality(modality), text, str(self.root / image) if image else None)
+        return Entry(name, parse_modality(modality), text, self._prefix + image if image else None)
 
 
 def read_prompts(path: Path, task: MBEIRTask) -> list[str]:

@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 MODALITIES = {"text": "t", "image": "i", "image,text": "it"}  # as in the data → as in tables
 SEED = 2023  # UniIR's, of the instructions that are drawn
@@ -109,13 +110,14 @@ def choose_tasks(names: Sequence[str] | None) -> list[MBEIRTask]:
     return tasks if own else [task for task in TASKS if task in tasks]
 
 
-def parse_modality(value: object) -> str:
+@lru_cache(maxsize=64)  # asked for millions of times, of three values
+def parse_modality(value: str | None) -> str:
     """The modality as this module writes it; `text,image` and blanks are taken too.
 
     Raises:
         ValueError: an unknown one.
     """
-    parts = sorted(part.strip().lower() for part in value.split(",")) if isinstance(value, str) else []
+    parts = sorted(part.strip().lower() for part in str(value).split(","))
     modality = ",".join(parts)
     if modality not in MODALITIES:
         raise ValueError(f"the modality is {value!r}, not one of {', '.join(MODALITIES)}")

@@ -17,6 +17,7 @@ from evaluation.mbeir_tasks import TASKS, choose_tasks, clean_text, instructed_t
 from gcl import app
 from modeling_gcl import GCLModel
 from retrieval.embed import embed_rows
+from retrieval.source_tables import read_parquet
 
 
 @pytest.fixture(scope="module")
@@ -302,6 +303,23 @@ def test_bad_mirrors_are_refused(tmp_path):
     (tmp_path / "mbeir_cirr_task7" / "query-00000-of-00001.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 files are not there: .*query-\*.parquet"):
         read_mbeir(source, choose_tasks(["cirr_task7"]), scopes=("local",))
+
+
+def test_data_sets_of_the_hub_are_named_by_task(evaluated, tmp_path, monkeypatch):
+    mirrors = write_mirrors(tmp_path, {"cirr_task7": made_benchmark()["cirr_task7"]})
+    asked = []
+
+    def read(of):
+        asked.append((of.path, of.name, of.split))
+        return read_parquet(mirrors / of.path.split("/")[1] / f"{of.name}-00000-of-00001.parquet"), "c0ffee"
+
+    monkeypatch.setattr("evaluation.mbeir_mirrors.read_hub", read)
+    source = open_source(hub="MRBench")
+    result, _ = run(source, tmp_path / "out", ["cirr_task7"], scopes=("local",))
+    assert result["tasks"]["cirr_task7"]["local"] == evaluated[0]["tasks"]["cirr_task7"]["local"]
+    splits = {"query": "test", "corpus": "corpus", "qrels": "test"}  # as on the cards of MRBench's data sets
+    assert set(asked) == {("MRBench/mbeir_cirr_task7", name, split) for name, split in splits.items()}
+    assert source.settings["commits"] == {"MRBench/mbeir_cirr_task7": "c0ffee"}
 
 
 def test_the_command(original, tmp_path):
