@@ -7,11 +7,15 @@ from io import BytesIO
 import datasets
 import numpy as np
 import pytest
+from backbones import tiny_encoder, tiny_processor
 from PIL import Image
 from planted import PlantedModel
+from typer.testing import CliRunner
 
+import gcl
 from evaluation.mixbench import evaluate_mixbench, mixbench_table
-from evaluation.mixbench_data import PUBLISHED, find_subsets, read_subset
+from evaluation.mixbench_data import PUBLISHED, download_mixbench, find_subsets, read_subset
+from modeling_gcl import GCLModel
 from modeling_gcl.rows_gcl import load_image
 from retrieval.embed import embed_rows
 from retrieval.source_checks import DataError
@@ -216,3 +220,52 @@ def test_an_image_that_is_gone_is_named(embed, tmp_path):
     subset = read_subset(tmp_path / "data", "made")
     with pytest.raises(ValueError, match=r"row 'i2': .*i2.png: no such file"):
         evaluate_mixbench([subset], embed, tmp_path / "out")
+
+
+def test_the_command_measures_what_the_model_encodes(tmp_path):
+    write_lines(tmp_path / "data")
+    GCLModel.from_encoder(tiny_encoder("clip")).save_pretrained(tmp_path / "model")
+    tiny_processor("clip").save_pretrained(tmp_path / "model")
+    arguments = ["evaluate", "mixbench", tmp_path / "model", "--root", tmp_path / "data", "--out", tmp_path / "out"]
+    done = CliRunner().invoke(gcl.app, [*map(str, arguments), "--variant", "plain", "--variant", "sum"])
+    assert done.exit_code == 0, done.output
+    subset = read_subset(tmp_path / "data", "made")
+    for fusion in ("plain", "sum"):
+        written = json.loads((tmp_path / "out" / fusion / "results.json").read_text())
+        assert (written["protocol"], written["subsets"], written["variant"]) == ("mixbench", ["made"], fusion)
+        options = {} if fusion == "plain" else {"fusion": fusion}
+        model = GCLModel.from_pretrained(tmp_path / "model", **options).eval()
+        queries, corpus = (
+            model.encode([row for _, row in items], tiny_processor("clip")) for items in (subset.queries, subset.corpus)
+        )
+        # stored as float16; its tokenizer knows no numbers, so that texts are equal, and come in their order
+        scores, gain = queries.half().double() @ corpus.half().double().T, 0.0
+        for name, order in zip(subset.queries.ids, scores.argsort(dim=1, descending=True, stable=True).tolist()):
+            rank = 1 + order.index(subset.corpus.ids.index(subset.positives[name]))
+            gain += 1 / math.log2(1 + rank) if rank <= 10 else 0
+        assert written["result"]["mean"]["ndcg@10"] == pytest.approx(gain / 4)
+        assert f"{100 * gain / 4:.1f}" in done.output
+
+
+def test_one_of_root_and_hub(tmp_path):
+    done = CliRunner().invoke(gcl.app, ["evaluate", "mixbench", "model", "--out", str(tmp_path)])
+    assert done.exit_code and str(done.exception) == "give --root or --hub, one of them"
+
+
+def test_qrels_come_from_the_other_data_set_where_one_has_none(tmp_path, monkeypatch):
+    write_tables(tmp_path / "MixBench2026" / "commit")
+    write_lines(tmp_path / "MixBench25" / "commit")
+    calls = []
+
+    def snapshot_download(name, *, repo_type, revision, allow_patterns):
+        calls.append((name, repo_type, revision, allow_patterns))
+        return str(tmp_path / name.split("/")[1] / "commit")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    root, qrels = download_mixbench("mixed-modality-search/MixBench2026", ["made"], "main")
+    assert calls == [
+        ("mixed-modality-search/MixBench2026", "dataset", "main", ["made/*"]),
+        ("mixed-modality-search/MixBench25", "dataset", None, ["made/qrels/*"]),
+    ]
+    assert len(read_subset(root, "made", qrels_root=qrels).positives) == 4
+    assert download_mixbench("mixed-modality-search/MixBench25", ["made"])[1] == tmp_path / "MixBench25" / "commit"
