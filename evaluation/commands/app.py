@@ -3,6 +3,7 @@
 import typer
 
 from evaluation.commands.covr import covr
+from evaluation.commands.mbeir import mbeir
 from evaluation.commands.mixbench import mixbench
 from evaluation.commands.mmeb import mmeb
 from evaluation.commands.mteb import mteb
@@ -10,6 +11,7 @@ from evaluation.commands.pairs import compare, pairs, summary
 
 app = typer.Typer(no_args_is_help=True, help="Measure models by a protocol.")
 app.command("pairs")(pairs)
+app.command("mbeir")(mbeir)
 app.command("mmeb")(mmeb)
 app.command("covr")(covr)
 app.command("mixbench")(mixbench)
