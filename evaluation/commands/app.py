@@ -4,6 +4,7 @@ import typer
 
 from evaluation.commands.covr import covr
 from evaluation.commands.mbeir import mbeir
+from evaluation.commands.mixbench import mixbench
 from evaluation.commands.mmeb import mmeb
 from evaluation.commands.mteb import mteb
 from evaluation.commands.pairs import compare, pairs, summary
@@ -13,6 +14,7 @@ app.command("pairs")(pairs)
 app.command("mbeir")(mbeir)
 app.command("mmeb")(mmeb)
 app.command("covr")(covr)
+app.command("mixbench")(mixbench)
 app.command("mteb")(mteb)
 app.command("compare")(compare)
 app.command("summary")(summary)
