@@ -1,4 +1,4 @@
-"""`gcl convert`: other checkpoints into folders that GCL starts from."""
+"""`gcl convert`: other checkpoints into folders that GCL starts from. `gcl push`: a folder onto the Hub."""
 
 import sys
 from pathlib import Path
@@ -93,3 +93,16 @@ def vista(
     from publishing.vista import convert_vista
 
     typer.echo(convert_vista(file, out, tokenizer=tokenizer))
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Model folder that training or a converter saved.")],
+    repo_id: Annotated[str, typer.Argument(help="ORGANISATION_OR_USER/NAME; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to instead of main.")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a GCL model",
+):
+    """Push a model folder to the Hub in one commit, with the token of `hf auth login` or HF_TOKEN."""
+    from publishing.push import push_folder
+
+    typer.echo(push_folder(folder, repo_id, private=private, revision=revision, message=message))
