@@ -6,11 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from backbones import tiny_encoder, tiny_processor
-from hub_on_loopback import TOKEN, hub_on_loopback
+from hub_on_loopback import TOKEN
 
 import publishing.push
 from modeling_gcl import GCLModel
@@ -43,18 +42,6 @@ def folder(model, tmp_path):
     (folder / "pictures").mkdir()
     (folder / "pictures" / "nine_way.png").write_bytes(b"png")
     return folder
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with hub_on_loopback() as hub:
-        for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
-        for name in ("HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH"):
-            monkeypatch.setattr(huggingface_hub.constants, name, str(tmp_path / "no-token"))
-        huggingface_hub.close_session()
-        yield hub
-    huggingface_hub.close_session()
 
 
 @pytest.fixture
