@@ -1,4 +1,5 @@
-"""`gcl convert`: other checkpoints into folders that GCL starts from, and own test data into M-BEIR's layout."""
+"""`gcl convert`: other checkpoints into folders that GCL starts from, own test data into M-BEIR's layout.
+`gcl push`: a folder onto the Hub."""
 
 import sys
 from pathlib import Path
@@ -119,3 +120,16 @@ def mbeir(
         tests = write_composed(pairs, composed, root, name=name, dataset_id=dataset_id)
     for test, queries in tests.items():
         typer.echo(f"{test}: {queries:,} queries")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Model folder that training or a converter saved.")],
+    repo_id: Annotated[str, typer.Argument(help="ORGANISATION_OR_USER/NAME; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to instead of main.")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a GCL model",
+):
+    """Push a model folder to the Hub in one commit, with the token of `hf auth login` or HF_TOKEN."""
+    from publishing.push import push_folder
+
+    typer.echo(push_folder(folder, repo_id, private=private, revision=revision, message=message))
