@@ -2,7 +2,8 @@
 
 import typer
 
-from evaluation.commands.pairs import compare, pairs, summary
+from evaluation.commands.compare import compare
+from evaluation.commands.pairs import pairs, summary
 
 app = typer.Typer(no_args_is_help=True, help="Measure models by a protocol.")
 app.command("pairs")(pairs)
