@@ -46,15 +46,15 @@ def read_run(path: str | Path) -> dict:
 def figures(run: dict) -> dict[Line, float]:
     """The figures by which a run is judged, without means.
 
-    M-BEIR: hit@5 (hit@10 of Fashion200K and FashionIQ) in the local pool and hit@50 in the global one, as in the paper;
-    composed retrieval: hit@10 in both; MixBench: nDCG@10, of all queries and by what is relevant to them; MMEB:
-    precision@1; WebVid-CoVR: hit@k for either way to join frames.
+    M-BEIR: what the paper reports, `paper_metric` of each task and pool; composed retrieval: hit@10 in both pools;
+    MixBench: nDCG@10, of all queries and by what is relevant to them; MMEB: precision@1; WebVid-CoVR: hit@k for either
+    way to join frames.
     """
-    found, _ = _READ[run["protocol"]](run["protocol"], run["result"])
+    found, _ = _READ[run["protocol"]](run["result"])
     return {line: 100 * value for line, value in found.items() if value is not None}
 
 
-def _read_tasks(protocol: str, result: dict) -> tuple[dict[Line, float], dict]:
+def _read_tasks(result: dict) -> tuple[dict[Line, float], dict]:
     """The figures in 0..1, and what was measured, which must be equal in runs that are compared."""
     found, same = {}, {"the choice of tasks": list(result["tasks"])}
     for scope in SCOPES:
@@ -62,21 +62,13 @@ def _read_tasks(protocol: str, result: dict) -> tuple[dict[Line, float], dict]:
             same |= {f"{name}: {key}": task[key] for key in ("direction", "queries", "pool")}
             same[f"{name}: the choice of pools"] = [scope for scope in SCOPES if scope in task]
             if scope in task:
-                metric = _task_metric(protocol, name, scope)
+                metric = task[scope].get("paper_metric", "hit@10")
                 found[Line(scope, name, task["direction"], metric)] = task[scope][metric]
                 same |= {f"{name}, {scope}: {key}": task[scope][key] for key in ("candidates", "positives_outside")}
     return found, same
 
 
-def _task_metric(protocol, task, scope):
-    if protocol == "mbeir" and scope == "global":
-        return "hit@50"
-    if protocol == "mbeir" and not task.startswith(("fashion200k", "fashioniq")):
-        return "hit@5"
-    return "hit@10"
-
-
-def _read_mixbench(_, result):
+def _read_mixbench(result):
     found, same = {}, {"the choice of subsets": list(result["subsets"])}
     for name, subset in result["subsets"].items():
         same |= {f"{name}: {key}": subset[key] for key in ("queries", "candidates", "corpus")}
@@ -88,7 +80,7 @@ def _read_mixbench(_, result):
     return found, same
 
 
-def _read_mmeb(_, result):
+def _read_mmeb(result):
     same = {"the choice of sets": list(result["sets"])} | {key: result[key] for key in ("version", "instructions")}
     counts = ("queries", "candidates", "distinct_candidates")
     same |= {f"{name}: {key}": of[key] for name, of in result["sets"].items() for key in counts}
@@ -96,7 +88,7 @@ def _read_mmeb(_, result):
     return found, same
 
 
-def _read_covr(_, result):
+def _read_covr(result):
     same = {key: result[key] for key in ("rows", "gallery", "coverage", "frames")}
     same |= {"squash": result["source"]["squash"], "weighting by scores": result["weighted"] is not None}
     found = {
@@ -188,7 +180,7 @@ def _differences(one: dict, other: dict):
 
 
 def _identity(run: dict) -> dict:
-    _, same = _READ[run["protocol"]](run["protocol"], run["result"])
+    _, same = _READ[run["protocol"]](run["result"])
     return same | {f"skipped rows of {name}": sorted(rows) for name, rows in run["result"].get("skipped", {}).items()}
 
 

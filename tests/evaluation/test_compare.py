@@ -19,6 +19,7 @@ POOLS = {"a": ["a1", "a2", "a3"], "b": ["b1", "b2"]}
 # angles in the plane: the good model has what q1 and q2 look for, a1 and b2, nearest to them, the bad one farthest away
 GOOD = {"q1": 0, "q2": 90, "a1": 5, "a2": 30, "a3": 50, "b1": 20, "b2": 88}
 BAD = {"q1": 0, "q2": 90, "a1": 60, "a2": 30, "a3": 50, "b1": 20, "b2": 1}
+PAPER_METRIC = {"fashioniq_task7": "hit@10"}
 
 
 def angle(degrees):
@@ -35,9 +36,10 @@ def measured(folder, angles, **settings):
         RetrievalTask("oven_task6", "it→t", [("q2", {"text": "q2"})], {"q2": ["b2"]}, "b"),
     ]
     result = evaluate_tasks(tasks, rows, lambda name, r: embed_rows(model, None, r, folder / "e" / name), folder)
-    for task in result["tasks"].values():  # pools so small hold everything in the first five
+    for name, task in result["tasks"].items():
         for scope in ("local", "global"):
-            task[scope]["hit@5"] = task[scope]["hit@50"] = task[scope]["hit@10"] = task[scope]["hit@1"]
+            task[scope]["paper_metric"] = "hit@50" if scope == "global" else PAPER_METRIC.get(name, "hit@5")
+            task[scope][task[scope]["paper_metric"]] = task[scope]["hit@1"]  # all five candidates are in the first 5
     (folder / "results.json").write_text(
         json.dumps({"protocol": "mbeir", "limit": None} | settings | {"result": result})
     )
