@@ -4,11 +4,13 @@ import typer
 
 from evaluation.commands.compare import compare
 from evaluation.commands.covr import covr
+from evaluation.commands.mmeb import mmeb
 from evaluation.commands.mteb import mteb
 from evaluation.commands.pairs import pairs, summary
 
 app = typer.Typer(no_args_is_help=True, help="Measure models by a protocol.")
 app.command("pairs")(pairs)
+app.command("mmeb")(mmeb)
 app.command("covr")(covr)
 app.command("mteb")(mteb)
 app.command("compare")(compare)
