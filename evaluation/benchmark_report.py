@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.benchmark import SCOPES
+from evaluation.mmeb_sets import PAPER_DIRECTIONS
 
 _SETTINGS = ("protocol", "limit", "instructions", "version")  # of a run, that make its figures comparable
 
@@ -84,7 +85,10 @@ def _read_mmeb(result):
     same = {"the choice of sets": list(result["sets"])} | {key: result[key] for key in ("version", "instructions")}
     counts = ("queries", "candidates", "distinct_candidates")
     same |= {f"{name}: {key}": of[key] for name, of in result["sets"].items() for key in counts}
-    found = {Line("own", name, of["category"], "precision@1"): of["precision@1"] for name, of in result["sets"].items()}
+    found = {
+        Line("own", name, PAPER_DIRECTIONS.get(name, of["category"]), "precision@1"): of["precision@1"]
+        for name, of in result["sets"].items()
+    }
     return found, same
 
 
