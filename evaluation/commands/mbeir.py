@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from evaluation.commands.compare import compare_variants
 from evaluation.commands.options import (
     BatchSize,
     CentreOn,
@@ -78,3 +79,5 @@ def mbeir(
         tables = "\n\n".join(mbeir_table(result, name, markdown=True) for name in scopes)
         (session.out / "table.md").write_text(tables + "\n", encoding="utf-8")
         typer.echo(f"written to {written}")
+    if result is not None:
+        compare_variants(out, variant)

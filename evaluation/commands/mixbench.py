@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from evaluation.commands.compare import compare_variants
 from evaluation.commands.options import (
     BatchSize,
     CentreOn,
@@ -69,3 +70,5 @@ def mixbench(
         typer.echo(f"{session.settings['variant']}:")
         typer.echo(mixbench_table(result["subsets"]))
         typer.echo(f"written to {session.write('mixbench', data, result)}")
+    if result is not None:
+        compare_variants(out, variant)

@@ -21,8 +21,6 @@ from modeling_gcl import GCLModel  # noqa: E402
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 MARKED = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
-PENDING = {"mbeir", "mixbench"}  # commands that are on branches of their own: take each out as it is merged
-
 # M-BEIR's test pools: task, rows of the pool, queries, as counted by mteb 2.26 (its descriptive_stats)
 POOLS = (
     ("visualnews_task0", "t→i", 542_246, 19_995), ("mscoco_task0", "t→i", 5_000, 24_809),
@@ -164,9 +162,7 @@ def commands():
 
 def _params():
     for words in commands():
-        pending = words[0] == "evaluate" and words[1] in PENDING
-        marks = [pytest.mark.xfail(strict=True, raises=KeyError, reason="not merged yet")] if pending else []
-        yield pytest.param(words, marks=marks, id=" ".join(words)[:60])
+        yield pytest.param(words, id=" ".join(words)[:60])
 
 
 @pytest.mark.parametrize("words", list(_params()))
