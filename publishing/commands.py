@@ -45,6 +45,7 @@ def centring(
 
     from evaluation.centring import estimate_modality_means
     from modeling_gcl import GCLModel, GCLProcessor
+    from publishing.model_folder import save_model_folder
     from publishing.new_folder import check_is_new, new_folder
     from retrieval.source_arguments import SourceArguments
     from retrieval.sources import load_pairs
@@ -55,8 +56,7 @@ def centring(
     pairs = load_pairs(SourceArguments(data, split=split, limit=limit))
     estimate_modality_means(encoder, processor, pairs, batch_size=batch_size, show_progress=sys.stderr.isatty())
     with new_folder(out) as folder:
-        processor.save_pretrained(folder)
-        encoder.save_pretrained(folder)
+        save_model_folder(folder, encoder, processor)
     typer.echo(out)
 
 
