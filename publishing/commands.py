@@ -93,3 +93,27 @@ def vista(
     from publishing.vista import convert_vista
 
     typer.echo(convert_vista(file, out, tokenizer=tokenizer))
+
+
+@app.command("to-clip")
+def to_clip(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint on a CLIP.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    revision: Annotated[str | None, typer.Option(help="Revision on the Hub.")] = None,
+):
+    """A GCL-tuned CLIP as a folder of transformers' CLIPModel, for every tool that takes CLIP."""
+    from publishing.to_clip import convert_to_clip
+
+    typer.echo(convert_to_clip(model, out, revision=revision))
+
+
+@app.command("onnx")
+def onnx(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    revision: Annotated[str | None, typer.Option(help="Revision on the Hub.")] = None,
+):
+    """image.onnx, text.onnx and fused.onnx for onnxruntime, each compared with the model, and the processor."""
+    from publishing.onnx_graphs import convert_to_onnx
+
+    typer.echo(convert_to_onnx(model, out, revision=revision))
