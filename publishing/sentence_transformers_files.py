@@ -1,7 +1,7 @@
-"""Three JSON files that let sentence-transformers (6.0 or newer) load a GCL folder, without code of its own: it calls the
-model's feature methods with what the processor makes, and normalises.
+"""Three JSON files that let sentence-transformers (6.0 or newer) load a GCL folder, without code of their own: it calls
+the model's feature methods with what the processor makes, and normalises.
 
-    SentenceTransformer(folder, trust_remote_code=True).encode([{"image": photo, "text": "…"}])  # one kind of row a call
+    SentenceTransformer(folder, trust_remote_code=True).encode([{"image": photo, "text": "…"}])  # one kind a call
 """
 
 import json

@@ -44,9 +44,7 @@ def convert_to_clip(model: str | Path, out_dir: str | Path, revision: str | None
     lost += [f"text_pooling={config.text_pooling!r}"] * (config.text_pooling != "encoder")
     lost += ["centring=True (the modality means)"] * config.centring
     if lost:
-        raise ValueError(
-            f"{model}: a CLIPModel has no place for {', '.join(lost)}, so that its embeddings would differ."
-        )
+        raise ValueError(f"{model}: a CLIPModel has no place for {', '.join(lost)}: its embeddings would differ.")
 
     processor = GCLProcessor.from_encoder(model, revision=revision)
     tokenizer = processor.tokenizer
