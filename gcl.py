@@ -1,23 +1,29 @@
-"""The `gcl` command: evaluate a model, compare runs, convert checkpoints."""
-
-import sys
+"""The `gcl` command: embed and search, evaluate a model, compare runs, convert checkpoints."""
 
 import typer
 
 from evaluation.commands.app import app as evaluate
 from publishing.commands import app as convert
+from retrieval.commands import embed, search
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.command("embed")(embed)
+app.command("search")(search)
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(convert, name="convert")
 
 
 def main():
-    """The console script: errors of input are a message, not a traceback."""
+    """The console script: errors of input are a message, not a traceback; they end all processes of a launch."""
     try:
         app()
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        from retrieval.failures import failing_together, stop
+
+        if isinstance(error, (ValueError, OSError, ModuleNotFoundError)):
+            stop(error)
+        with failing_together():
+            raise
 
 
 if __name__ == "__main__":

@@ -90,4 +90,11 @@ GOALS = (
         )
         for variant, pixels in (("fast", "float32 pixels"), ("fast_uint8", "uint8 pixels (the device normalises)"))
     ),
+    *(
+        Goal(
+            f"exact search against faiss' flat index, 1M × 512, 1,024 queries, `{pool}`", "search",
+            inverse("pools", pool, "kept", "ratio_to", "faiss_flat"), 2, 3, False, "{} × faster",
+        )
+        for pool in ("sphere", "cone")
+    ),
 )  # fmt: skip

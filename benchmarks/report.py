@@ -41,7 +41,7 @@ MARKERS = ("o", "s", "v", "D", "^", "P", "X", "*", "h", "<", ">", "p")
 
 
 def load(folder):
-    """`{name: content}` of the results in a folder: loss, step, pipeline, scaling."""
+    """`{name: content}` of the results in a folder: loss, step, pipeline, scaling, search."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
@@ -221,6 +221,33 @@ def pipeline_table(results):
     return "\n".join([*lines, "", _measured(results["pipeline"])]) + "\n"
 
 
+SEARCHES = {
+    "kept": "int8 kept on disk",
+    "screened": "int8 made in each search",
+    "faiss_flat": "faiss IndexFlatIP, float32 in memory",
+    "exact": "float64, the definition",
+}
+
+
+def search_table(results):
+    found = results["search"]
+    lines = [
+        "| pool | search | made once | a search | memory of a search | by faiss's seconds |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for pool, rows in found["pools"].items():
+        for name, row in rows.items():
+            build = row.get("build_seconds") if name in ("kept", "faiss_flat") else None
+            made = _seconds(build["median"]) if build else "–"
+            lines.append(f"| {pool} | {SEARCHES[name]} | {made} | {_row(row, 'faiss_flat')} |")
+    settings = found["settings"]
+    note = (
+        f"{settings['candidates']:,} candidates, {settings['queries']:,} queries, D = {settings['dim']}, "
+        f"k = {settings['k']}. {_measured(found)}"
+    )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
 def plot_link(results):
     return "![Time and memory of the loss against the number of pairs](performance.png)\n"
 
@@ -236,6 +263,7 @@ BLOCKS = {  # name: (the benchmark it needs, or None, and what makes it)
     "assumptions": ("scaling", assumptions),
     "scaling": ("scaling", scaling_table),
     "pipeline": ("pipeline", pipeline_table),
+    "search": ("search", search_table),
 }
 
 
@@ -267,7 +295,7 @@ def _measured(result):
     )
 
 
-SHOWN_PACKAGES = ("torch", "transformers", "accelerate", "sentence-transformers", "simplejpeg", "pillow")
+SHOWN_PACKAGES = ("torch", "transformers", "accelerate", "sentence-transformers", "simplejpeg", "faiss-cpu", "pillow")
 
 
 def _seconds(value):

@@ -1,7 +1,8 @@
 """Rows → embeddings on disk (`retrieval.store`), whatever happens on the way.
 
 Notable features:
-- rows are read when they are needed; of equal contents, one is embedded;
+- rows are read when they are needed; of equal contents, one is embedded; they are stored by their smallest id, so
+  that ties of a search don't depend on the order of the rows;
 - a shard of the result is written whole or not at all: after a kill, the same call goes on, with the shards that are
   missing, and ends with the same bytes;
 - the folder's manifest names model, options and rows: what does not belong together is refused before anything is
@@ -28,6 +29,7 @@ from modeling_gcl.rows_gcl import parse_row
 from .fingerprint import content_hash, describe_model, model_fingerprint, same_model
 from .processes import Processes
 from .progress import Progress
+from .quantised import forget
 from .store import FORMAT, Store, read_manifest, shard_paths, write_json, write_whole
 
 logger = logging.get_logger(__name__)
@@ -60,7 +62,8 @@ def embed_rows(
             left in evaluation mode.
         processor: the checkpoint's processor.
         rows: a sequence of `(id, row)`, the id a `str` of its own, the row as `GCLModel.encode` takes it. Items are
-            asked for by their number, twice and for a moment, so that they may be made on the fly.
+            asked for by their number, in their order to read all contents and then by id to embed, each for a moment,
+            so that they may be made on the fly.
         folder: is made; holds nothing else.
         batch_size, truncate_dim, num_frames: as for `encode`.
         on_error: `"raise"`, or `"skip"` to leave out rows that can't be read: they are named with their reason in
@@ -106,7 +109,8 @@ def embed_rows(
     hashes["ids"] = processes.gather(ids and hashlib.sha256(json.dumps(ids).encode()).hexdigest())[0]
     manifest |= {"rows": len(rows), **hashes}
     _refuse_others(folder, manifest)
-    first, vector_of = _unique(contents)
+    first, vector_of = _unique(contents, ids) if processes.rank == 0 else (None, None)
+    first = processes.gather(first)[0]
     paths = shard_paths(folder, -(-len(first) // shard_rows))
     # process 0 begins to write only when all have looked
     state = processes.gather((read_manifest(folder) or {}, [n for n, path in enumerate(paths) if not path.exists()]))
@@ -114,6 +118,7 @@ def embed_rows(
     if known.get("complete"):
         return _opened(folder, on_error)
     if processes.rank == 0:
+        forget(folder)  # an int8 form of other vectors
         write_json(folder / "manifest.json", manifest)
     encode = _Encoder(model, processor, batch_size, truncate_dim, num_frames)
     job = _Job(rows, encode, paths, first, shard_rows, on_error)
@@ -207,18 +212,21 @@ def _refuse_repeated(ids):
     raise ValueError(f"{len(twice)} ids occur more than once: {named}; give each row its own id")
 
 
-def _unique(contents):
-    """(U,) the first row of each content, ascending; and (N,) which of these contents a row has, -1 for none."""
-    halves = np.ascontiguousarray(contents).view(np.uint64)  # (N, 2)
+def _unique(contents, ids):
+    """(U,) for each content the row of smallest id, by that id; and (N,) which of these contents a row has, -1 for
+    none."""
+    by_id = np.array(sorted(range(len(ids)), key=ids.__getitem__))
+    halves = np.ascontiguousarray(contents[by_id]).view(np.uint64)  # (N, 2)
     order = np.lexsort((np.arange(len(halves)), halves[:, 1], halves[:, 0]))
     new = np.ones(len(order), dtype=bool)
     new[1:] = (halves[order[1:]] != halves[order[:-1]]).any(axis=1)
     first_of_row = np.empty(len(order), dtype=np.int64)
     first_of_row[order] = order[new][np.cumsum(new) - 1]
-    first_of_row[~contents.any(axis=1)] = -1
+    first_of_row[~halves.any(axis=1)] = -1
     first = np.unique(first_of_row[first_of_row >= 0])
-    place = np.searchsorted(first, first_of_row)
-    return first, np.where(first_of_row < 0, -1, place)
+    content_of = np.empty(len(order), dtype=np.int64)
+    content_of[by_id] = np.where(first_of_row < 0, -1, np.searchsorted(first, first_of_row))
+    return by_id[first], content_of
 
 
 class _Encoder:
@@ -245,7 +253,7 @@ class _Encoder:
 
 
 class _Job:
-    """Embeds contents, whose first rows are `first`, into shards."""
+    """Embeds contents, as the rows `first` have them, into shards."""
 
     def __init__(self, rows, encode, paths, first, shard_rows, on_error):
         self.rows, self.encode, self.paths, self.first = rows, encode, paths, first

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from .screening import screened_top_k
+from .quantised import quantised
+from .screening import screened_top_k, worth_screening
 from .store import Store, write_whole
 
 FORMAT = 1
@@ -25,7 +26,7 @@ class Run:
         query_ids: Q ids.
         candidate_ids: ids of the candidates that were found, each once.
         candidates: (Q, k) int64, places in `candidate_ids`, best first.
-        scores: (Q, k) float32 inner products; equal ones come in the order of the pool's rows.
+        scores: (Q, k) float32 inner products; equal ones come in the order of ids, as strings.
         manifest: what was searched: `k`; of `queries` and each of `pools` the model's fingerprint, options and the
             hashes and counts of its rows; `missing_queries`, the number of queries without an embedding.
     """
@@ -83,12 +84,13 @@ class Run:
 
 def search(queries: Store, pools: Store | Sequence[Store], k: int, *, device: str = "cpu") -> Run:
     """
-    The `k` best candidates of each query, exactly: as `exact_top_k` over all rows of the pools, one after the other.
+    The `k` best candidates of each query, exactly, by the scores of `exact_top_k`; equal ones by id, in the order of
+    strings, so that the result depends neither on the order of rows nor on that of pools.
 
     Args:
         queries: those of its rows that have an embedding are searched for.
         pools: one store, or several that are searched as one; their vectors are streamed. Rows without an embedding
-            can't be found. Rows of equal content score equally, and come in their order.
+            can't be found. A large pool's int8 form is kept beside its vectors: see `retrieval.quantised`.
         k: how many candidates for each query; all, if there are fewer.
         device: where to compute.
 
@@ -110,7 +112,9 @@ def search(queries: Store, pools: Store | Sequence[Store], k: int, *, device: st
         scores.append(found[0])
         rows.append(np.where(found[1] < 0, -1, found[1] + start))
         start += len(pool)
-    scores, rows = _best(np.concatenate(scores, axis=1), np.concatenate(rows, axis=1), k)
+    scores, rows = np.concatenate(scores, axis=1), np.concatenate(rows, axis=1)
+    if len(pools) > 1:
+        scores, rows = _best(scores, rows, _id_ranks(pools, rows), k)
     width = min(k, sum(int((pool.rows >= 0).sum()) for pool in pools))
 
     present = np.flatnonzero(queries.rows >= 0)
@@ -133,10 +137,11 @@ def search(queries: Store, pools: Store | Sequence[Store], k: int, *, device: st
 
 def _search_one(queries, pool, k):
     """(Q, m) float32 scores and rows of the pool: the best k of each query, and -inf and -1 where there are no more."""
-    scores, vectors = (
-        found.cpu().numpy() for found in screened_top_k(queries, pool.vectors, min(k, len(pool.vectors)))
-    )
-    by_vector = np.argsort(pool.rows, kind="stable")  # the rows of each vector lie together, in their order
+    num_best = min(k, len(pool.vectors))
+    codes = quantised(pool) if worth_screening(len(pool.vectors), num_best) else None
+    found = screened_top_k(queries, pool.vectors, num_best, quantised=codes)
+    scores, vectors = (part.cpu().numpy() for part in found)
+    by_vector = np.lexsort((pool.id_ranks, pool.rows))  # the rows of each vector lie together, by id
     starts = np.searchsorted(pool.rows[by_vector], np.arange(len(pool.vectors) + 1))
     counts = np.minimum(np.diff(starts), k)[vectors]  # (Q, k') of rows that share the vector
     query = np.repeat(np.arange(len(vectors)), counts.sum(axis=1))
@@ -148,13 +153,22 @@ def _search_one(queries, pool, k):
     table[query, place] = rows
     values = np.full(table.shape, -np.inf, dtype=np.float32)
     values[query, place] = np.repeat(scores.ravel(), flat)
-    return _best(values, table, k)
+    return _best(values, table, pool.id_ranks[table], k)
 
 
-def _best(scores, rows, k):
-    """The first k columns after sorting each line by falling score, equal ones by row."""
-    order = np.lexsort((rows, -scores), axis=1)[:, :k]
+def _best(scores, rows, ranks, k):
+    """The first k columns of both after sorting each line by falling score, equal ones by rank."""
+    order = np.lexsort((ranks, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+
+def _id_ranks(pools, rows):
+    """The place of each row's id among those of all `rows`, which are numbered through all pools, -1 for none."""
+    used, place = np.unique(rows, return_inverse=True)
+    ids = [""] * int(used[0] < 0) + _ids_at(pools, used[used >= 0])
+    ranks = np.empty(len(used), dtype=np.int64)
+    ranks[sorted(range(len(used)), key=ids.__getitem__)] = np.arange(len(used))
+    return ranks[place].reshape(rows.shape)
 
 
 def _refuse_shared_ids(pools):

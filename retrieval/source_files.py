@@ -63,7 +63,7 @@ def read_list(path: Path, source: SourceArguments) -> Iterator[Listed]:
     Raises:
         DataError: with file and line for text that can't be parsed and for missing columns.
     """
-    rows = {".csv": _csv_rows, ".jsonl": _jsonl_rows, ".json": _json_rows}[path.suffix.lower()](path)
+    rows = {".csv": _csv_rows, ".jsonl": jsonl_rows, ".json": _json_rows}[path.suffix.lower()](path)
     columns = None
     for place, row in rows:
         if not isinstance(row, dict):
@@ -228,7 +228,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
         raise DataError(f"{path}, line {line}: not valid CSV ({error}); is the file cut off?") from error
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
+def jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             place = f"{path}, line {number}"

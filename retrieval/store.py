@@ -6,6 +6,7 @@
 - `vectors-00000.json`, …: rows of that shard that could not be read, and why.
 - `ids.json`: the N ids. `rows.npy`: (N,) int64, the vector of each, -1 for a row that was skipped.
 - `skipped.json`: id → why, of rows that have no vector.
+- `codes.npy`, `codes.safetensors`: the vectors in int8, once they have been searched: see `retrieval.quantised`.
 """
 
 import json
@@ -18,7 +19,7 @@ import numpy as np
 
 from .fingerprint import describe_model, same_model
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Store:
@@ -27,7 +28,7 @@ class Store:
 
     Attributes:
         folder, manifest: where, and what `manifest.json` holds.
-        vectors: (M, D) `Vectors`, float16; of different contents, in the order of their first rows.
+        vectors: (M, D) `Vectors`, float16; of different contents, in the order of the smallest id that has each.
         rows: (N,) int64, the vector of each row, -1 where it has none.
 
     Raises:
@@ -52,6 +53,13 @@ class Store:
     def ids(self) -> list[str]:
         """Of all rows, in their order."""
         return json.loads((self.folder / "ids.json").read_text(encoding="utf-8"))
+
+    @cached_property
+    def id_ranks(self) -> np.ndarray:
+        """(N,) int64: the place of each row's id among all ids, in the order of strings."""
+        ranks = np.empty(len(self), dtype=np.int64)
+        ranks[sorted(range(len(self)), key=self.ids.__getitem__)] = np.arange(len(self))
+        return ranks
 
     @cached_property
     def skipped(self) -> dict[str, str]:
@@ -145,12 +153,16 @@ def read_manifest(folder: Path) -> dict | None:
 
 def write_whole(path: Path, write: Callable) -> None:
     """`write(file)` to a file that appears whole or not at all, and stays after a power failure."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # others may write the same
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value) -> None:

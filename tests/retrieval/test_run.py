@@ -33,16 +33,17 @@ def write_store(folder, ids, rows, vectors, shards=1, **changes):
 
 
 def make_store(folder, rng, num_rows, prefix, **options):
-    """Vectors of -1, 0, 1: ties are the rule; several rows of one, in the order of first rows; rows without."""
+    """Vectors of -1, 0, 1: ties are the rule; several rows of one, in the order of smallest ids; rows without."""
     num_vectors = int(rng.integers(1, num_rows + 1))
     rows = np.concatenate([np.arange(num_vectors), rng.integers(-1, num_vectors, num_rows - num_vectors)])
     rng.shuffle(rows)
-    named, firsts = rows[rows >= 0], {}
-    for row in named.tolist():
-        firsts.setdefault(row, len(firsts))
+    ids = [f"{rng.integers(0, 3)}{prefix}{number}" for number in rng.permutation(num_rows)]
+    firsts = {}
+    for _, row in sorted(zip(ids, rows.tolist())):
+        if row >= 0:
+            firsts.setdefault(row, len(firsts))
     rows = np.array([firsts.get(row, -1) for row in rows.tolist()])
     vectors = rng.integers(-1, 2, (num_vectors, 3)).astype(np.float16)
-    ids = [f"{prefix}{number}" for number in rng.permutation(num_rows)]
     return write_store(folder, ids, rows, vectors, int(rng.integers(1, 4)), **options)
 
 
@@ -64,7 +65,7 @@ def test_equals_a_full_sort_of_all_rows(seed, num_pools, k, tmp_path_factory):
     for place, number in enumerate(present):
         query = queries.embeddings([number])[0]
         scores = [float(query @ vector) for _, vector in everything]
-        order = sorted(range(len(everything)), key=lambda n: (-scores[n], n))[:k]
+        order = sorted(range(len(everything)), key=lambda n: (-scores[n], everything[n][0]))[:k]
         assert run.ranking(place) == [everything[n][0] for n in order]
         assert run.scores[place].tolist() == [scores[n] for n in order]
     assert run.manifest["missing_queries"] == len(queries) - len(present)
@@ -87,6 +88,24 @@ def test_from_rows_to_a_run(tmp_path):
     lines = [line.split() for line in (tmp_path / "run.txt").read_text().splitlines()]
     assert [line[:4] for line in lines] == [["q", "Q0", name, str(n + 1)] for n, name in enumerate(run.ranking(0))]
     assert [np.float32(line[4]) for line in lines] == run.scores[0].tolist()
+
+
+def test_a_result_does_not_depend_on_the_order_of_rows(tmp_path):
+    """Equal contents tie, and here all contents do; k cuts through."""
+    model, processor = GCLModel.from_encoder(tiny_encoder("clip")).eval(), tiny_processor("clip")
+    model.encoder.text_projection.weight.data.zero_()[0] = 1e-3  # texts embed alike
+    rows = [(f"{n % 4}-{n}", {"text": " ".join(["dog"] * (1 + n % 6))}) for n in range(30)]
+    queries = embed_rows(model, processor, [("q", "a red dog")], tmp_path / "queries")
+    shuffled = [rows[n] for n in np.random.default_rng(0).permutation(len(rows))]
+    pools = [embed_rows(model, processor, part, tmp_path / str(n)) for n, part in enumerate((rows, shuffled))]
+    halves = [embed_rows(model, processor, part, tmp_path / f"h{n}") for n, part in enumerate((rows[:9], rows[9:]))]
+    assert len(pools[0].vectors) == 6
+    assert len(set(search(queries, pools[0], 30).scores[0])) == 1
+    for k in (1, 7, 16, 29):
+        runs = [search(queries, pool, k) for pool in (*pools, halves, halves[::-1])]
+        assert all(run.ranking(0) == runs[0].ranking(0) for run in runs)
+        assert all(np.array_equal(run.scores, runs[0].scores) for run in runs)
+        assert runs[0].ranking(0) == sorted(name for name, _ in rows)[:k]
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """Screened search equals the exact one to the bit, whatever the pool; and screens where it can."""
 
+import threading
+
 import faiss
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval import screening
+from retrieval import quantised, screening
+from retrieval.quantised import Kept, Streamed
 from retrieval.screening import screened_top_k
 from retrieval.search import exact_top_k
 
@@ -18,7 +21,9 @@ def small(monkeypatch):
     """Pools of a thousand candidates are large already, blocks are small enough for several of each kind."""
     monkeypatch.setattr(screening, "_MIN_CANDIDATES", 0)
     monkeypatch.setattr(screening, "_MIN_SAMPLE", 64)
-    monkeypatch.setattr(screening, "_SAMPLE_RUNS", 16)
+    monkeypatch.setattr(quantised, "_SAMPLE", 64)
+    monkeypatch.setattr(quantised, "_SAMPLE_RUNS", 16)
+    monkeypatch.setattr(quantised, "_ROWS_AT_ONCE", 50)
     monkeypatch.setattr(screening, "_BLOCK_QUERIES", 7)
     monkeypatch.setattr(screening, "_BLOCK_PRODUCTS", {"cpu": 1500})
     monkeypatch.setattr(screening, "_ROWS_AT_ONCE", 50)
@@ -82,10 +87,19 @@ def extremes(rng, n, dim):
 POOLS = (sphere, cone, needle, duplicates, all_equal, integers, uneven, outlier, zeros, sorted_by_score, extremes)
 
 
+def kept(candidates):
+    pool = Streamed(candidates)
+    codes, lengths = pool.part(0, len(candidates))
+    return Kept(codes, lengths, pool.mean, pool.scale)
+
+
 def assert_equal(queries, candidates, k, **options):
-    found, expected = screened_top_k(queries, candidates, k, **options), exact_top_k(queries, candidates, k)
-    assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
-    assert found[0].dtype == torch.float32 and found[1].dtype == torch.int64
+    """Of a pool that is quantised as the search goes, and of one that is kept."""
+    expected = exact_top_k(queries, candidates, k)
+    for pool in (None, kept(candidates)):
+        found = screened_top_k(queries, candidates, k, quantised=pool, **options)
+        assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
+        assert found[0].dtype == torch.float32 and found[1].dtype == torch.int64
 
 
 @settings(max_examples=12, deadline=None)
@@ -105,7 +119,10 @@ def test_equals_the_exact_search(pool, data):
     queries, candidates = rows[count:], rows[:count]
     if data.draw(st.booleans()):
         queries = candidates[torch.from_numpy(rng.integers(0, count, num_queries))]  # as in i→i, each finds itself
+    threads = torch.get_num_threads()
+    torch.set_num_threads(data.draw(st.sampled_from((1, 3))))
     assert_equal(queries, candidates, k, chunk_size=data.draw(st.integers(1, count + 2)))
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("k", [1, 7, 299, 300])
@@ -123,6 +140,24 @@ def test_float64_and_half_precision_arrays_and_memory_maps(tmp_path):
     assert_equal(queries.astype(np.float32), torch.from_numpy(rows).to(torch.bfloat16), 3)
 
 
+def test_threads_are_torchs_and_given_back():
+    rng, threads = np.random.default_rng(0), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        seen, chunk = set(), screening._Screen.chunk
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                screening._Screen, "chunk",
+                lambda *args: seen.add((threading.get_ident(), torch.get_num_threads())) or chunk(*args),
+            )  # fmt: skip
+            assert_equal(sphere(rng, 9, 24), sphere(rng, 3000, 24), 5, chunk_size=100)
+        main = (threading.get_ident(), 3)  # samples
+        assert main in seen and {number for _, number in seen - {main}} == {1}
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_few_candidates_are_scored_exactly(monkeypatch):
     """Without this, a screen that lets all through would pass every test above."""
     scored, whole = [], []
@@ -133,7 +168,7 @@ def test_few_candidates_are_scored_exactly(monkeypatch):
     for pool in (sphere, cone, uneven):
         queries, candidates = pool(rng, 30, 64), pool(rng, 4000, 64)
         assert_equal(queries, candidates, 5, chunk_size=1000)
-        assert 30 * 5 <= sum(scored) < 30 * 6, pool.__name__
+        assert 2 * 30 * 5 <= sum(scored) < 2 * 30 * 6, pool.__name__
         scored.clear()
     assert not whole
 
@@ -162,6 +197,8 @@ def test_broken_input_is_named_as_in_the_exact_search():
         broken[333, 3] = value
         with pytest.raises(ValueError, match="candidates row 333 holds NaN or infinite"):
             screened_top_k(rows[:4], broken, 1, chunk_size=100)
+        with pytest.raises(ValueError, match="candidates row 333 holds NaN or infinite"):
+            screened_top_k(rows[:4], broken, 1, quantised=kept(broken), chunk_size=100)
 
 
 def test_faiss_finds_the_same():

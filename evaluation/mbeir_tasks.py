@@ -1,0 +1,144 @@
+"""The tasks of M-BEIR (UniIR, arXiv 2311.17136) and its rules for texts, as UniIR's code has them (98dc570)."""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+MODALITIES = {"text": "t", "image": "i", "image,text": "it"}  # as in the data → as in tables
+SEED = 2023  # UniIR's, of the instructions that are drawn
+
+_DATASETS = {  # in file names → in the paper, and the id before the colon of qids and dids
+    "visualnews": ("VisualNews", "0"),
+    "fashion200k": ("Fashion200K", "1"),
+    "webqa": ("WebQA", "2"),
+    "edis": ("EDIS", "3"),
+    "nights": ("NIGHTS", "4"),
+    "oven": ("OVEN", "5"),
+    "infoseek": ("InfoSeek", "6"),
+    "fashioniq": ("FashionIQ", "7"),
+    "cirr": ("CIRR", "8"),
+    "mscoco": ("MSCOCO", "9"),
+}
+_DIRECTIONS = {  # task id → modalities of queries and candidates; 5 is unused
+    "0": ("text", "image"),
+    "1": ("text", "text"),
+    "2": ("text", "image,text"),
+    "3": ("image", "text"),
+    "4": ("image", "image"),
+    "6": ("image,text", "text"),
+    "7": ("image,text", "image"),
+    "8": ("image,text", "image,text"),
+}
+
+
+@dataclass(frozen=True)
+class MBEIRTask:
+    """
+    Attributes:
+        name: as in file names, e.g. `"cirr_task7"`.
+        dataset: as in the paper, e.g. `"CIRR"`.
+        dataset_id: as in qids and in the file of instructions; None for a data set of one's own.
+        query, candidate: modalities, as in the data: `text`, `image` or `image,text`.
+        pool: the name of its local pool, as in file names.
+        k: of Recall@k on the local pool.
+    """
+
+    name: str
+    dataset: str
+    dataset_id: str | None
+    query: str
+    candidate: str
+    pool: str
+    k: int
+
+    @property
+    def direction(self) -> str:
+        return f"{MODALITIES[self.query]}→{MODALITIES[self.candidate]}"
+
+
+def parse_task(name: str) -> MBEIRTask:
+    """The task of this name: DATASET_taskN, where N says which modality searches which. The data set may be one of
+    one's own that has M-BEIR's layout.
+
+    Raises:
+        ValueError: a name of another form.
+    """
+    match = re.fullmatch(r"(\w+)_task(\d)", name)
+    if match is None or match[2] not in _DIRECTIONS:
+        known = ", ".join(f"{number} {MODALITIES[q]}→{MODALITIES[c]}" for number, (q, c) in _DIRECTIONS.items())
+        names = ", ".join(task.name for task in TASKS)
+        raise ValueError(
+            f"{name!r} is no task: name some of {names}; or DATASET_taskN of your own, with N one of {known}"
+        )
+    dataset, dataset_id = _DATASETS.get(match[1], (match[1], None))
+    query, candidate = _DIRECTIONS[match[2]]
+    # val and test of MSCOCO have separate pools
+    pool = f"{name}_test" if match[1] == "mscoco" else name
+    return MBEIRTask(name, dataset, dataset_id, query, candidate, pool, 10 if "fashion" in match[1] else 5)
+
+
+# in the order of the paper's tables
+TASKS = tuple(
+    map(
+        parse_task,
+        (
+            "visualnews_task0", "mscoco_task0", "fashion200k_task0", "webqa_task1", "edis_task2", "webqa_task2",
+            "visualnews_task3", "mscoco_task3", "fashion200k_task3", "nights_task4", "oven_task6", "infoseek_task6",
+            "fashioniq_task7", "cirr_task7", "oven_task8", "infoseek_task8",
+        ),
+    )
+)  # fmt: skip
+
+
+def choose_tasks(names: Sequence[str] | None) -> list[MBEIRTask]:
+    """The tasks of these names, M-BEIR's in the paper's order; without names its 16.
+
+    Raises:
+        ValueError: a name that is no task or is repeated; tasks of M-BEIR and others together, for which no global pool
+            is defined.
+    """
+    if not names:
+        return list(TASKS)
+    tasks = [parse_task(name) for name in names]
+    if len(set(tasks)) < len(tasks):
+        raise ValueError(f"a task is named twice: {', '.join(names)}")
+    own = [task.name for task in tasks if task not in TASKS]
+    if own and len(own) < len(tasks):
+        raise ValueError(f"{', '.join(own)}: not of M-BEIR, and can't share its global pool; run them apart")
+    return tasks if own else [task for task in TASKS if task in tasks]
+
+
+@lru_cache(maxsize=64)  # asked for millions of times, of three values
+def parse_modality(value: str | None) -> str:
+    """The modality as this module writes it; `text,image` and blanks are taken too.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    parts = sorted(part.strip().lower() for part in str(value).split(","))
+    modality = ",".join(parts)
+    if modality not in MODALITIES:
+        raise ValueError(f"the modality is {value!r}, not one of {', '.join(MODALITIES)}")
+    return modality
+
+
+def clean_text(text: str | None) -> str:
+    """What UniIR embeds of a text, `""` for none: without carriage returns, blanks and then double quotes at the ends;
+    the first letter in upper case; a period at the end, unless there is one or `?` or `!`."""
+    text = (text or "").replace("\r", "").strip().strip('"')
+    if text:
+        text = text[0].upper() + text[1:]
+        text = text if text[-1] in ".?!" else f"{text}."
+    return text
+
+
+def instructed_text(prompts: Sequence[str], text: str | None, qid: str) -> str:
+    """A query's text behind one of the prompts. An image query has the prompt for its text, as in UniIR.
+
+    The prompt is drawn by `SEED` and the query's id, so that neither the order of the queries nor the number of
+    processes matters. UniIR draws from one stream for each of its workers, which nobody can draw again.
+    """
+    prompt = clean_text(random.Random(f"{SEED} {qid}").choice(prompts))
+    return clean_text(f"{prompt} {text or ''}")

@@ -1,0 +1,53 @@
+"""MMEB's result as a table, laid out like the GCL paper's table 2, with its columns beside ours. Rates in percent."""
+
+from evaluation.mmeb_sets import CATEGORIES, PAPER_DIRECTIONS
+from evaluation.paper import paper_table
+
+_WIDTH = 13
+
+
+def mmeb_table(result: dict) -> str:
+    """
+    Lines for a terminal: the paper's sets in its order, then the others by category, then the averages.
+
+    Args:
+        result: of `evaluation.mmeb.evaluate_mmeb`. The paper measured version 1: its columns are left out for version 2
+            and where none of its sets was asked for.
+    """
+    ours = {name: one["precision@1"] for name, one in result["sets"].items()}
+    columns, paper = paper_table("mmeb")
+    shown = result["version"] == 1 and any(name in PAPER_DIRECTIONS for name in ours)
+    if not shown:
+        columns = []
+
+    def line(label: str, cells: list[str], last: str) -> str:
+        return (f"{label:<26}" + "".join(f"{cell:>{_WIDTH}}" for cell in (*cells, last))).rstrip()
+
+    def percent(figures: list[float]) -> list[str]:
+        return [f"{figure:.1f}" for figure in figures]
+
+    def row(label: str, figure: float, figures: list[float] | None = None) -> str:
+        return line(label, percent(figures) if figures else ["–"] * len(columns), f"{100 * figure:.1f}")
+
+    models, trainings = zip(*(column.split("_", 1) for column in columns)) if columns else ((), ())
+    lines = [line("", list(models), ""), line("precision@1 in %", list(trainings), "ours")]
+    figures = {name: paper[f"{name.split('_')[0]} {way.replace('→', '>')}"] for name, way in PAPER_DIRECTIONS.items()}
+    for name, way in PAPER_DIRECTIONS.items():
+        if name in ours:
+            lines.append(row(f"{way:<6}{name}", ours[name], figures[name] if shown else None))
+    for category, names in CATEGORIES.items():
+        lines += [
+            row(f"{category[:5]:<6}{name}", ours[name]) for name in names if name in ours.keys() - PAPER_DIRECTIONS
+        ]
+    for group, mean in result["averages"].items():
+        means = None
+        if group == "paper" and shown:
+            means = [sum(column) / len(column) for column in zip(*figures.values())]
+        label = {"all": f"average of {len(ours)}", "paper": "average of the paper's 12"}.get(group, f"average {group}")
+        lines.append(row(label, mean, means))
+    missing = sum(one["missing_queries"] + one["missing_candidates"] for one in result["sets"].values())
+    if missing:
+        lines.append(f"{missing} queries and candidates could not be read: they count as misses, see results.json")
+    if result["limit"] is not None:
+        lines.append(f"a smoke run on the first {result['limit']} queries of each set: not comparable")
+    return "\n".join(lines[1:] if not columns else lines)
