@@ -35,6 +35,7 @@ test: $(VENV)/installed  ## run the whole test suite, without network and GPU
 test-oldest: $(OLDEST)/installed  ## test models, checkpoints and a short training on the oldest transformers supported
 	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q -m "not gpu and not slow" \
 		tests/modeling_gcl tests/publishing/test_hub_folder.py tests/publishing/test_towers.py \
+		tests/publishing/test_doors.py tests/publishing/test_to_clip.py \
 		tests/training/test_trainer.py tests/training/test_arguments.py tests/test_train.py \
 		--ignore-glob "*/test_*loss_gcl.py" --ignore-glob "*/test_t*_gcl.py"
 

@@ -20,6 +20,7 @@ from evaluation.result_sheet import result_sheet
 from modeling_gcl import GCLModel, GCLProcessor, ImageError, load_image
 from publishing.hub_folder import write_hub_folder
 from publishing.model_card import CardFacts, DataSource
+from publishing.model_folder import save_model_folder
 from publishing.push import check_may_push, push_folder
 from retrieval.failures import failing_together, stop
 from retrieval.sources import read_source
@@ -134,8 +135,7 @@ def main(argv):
         trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
         weights = trainer.accelerator.get_state_dict(trainer.model)  # on every rank: sharded ones are gathered
         if trainer.is_world_process_zero():  # before anything else can fail
-            trainer.model.save_pretrained(folder, state_dict=weights)
-            trainer.processing_class.save_pretrained(folder)
+            save_model_folder(folder, trainer.model, trainer.processing_class, state_dict=weights)
         broken_images = trainer.gather_broken_images()
         after = evaluate(trainer) if evaluated else None
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:

@@ -80,7 +80,7 @@ class EVA02Embeddings(nn.Module):
                 f"takes {side} x {side}: use the checkpoint's own processor"
             )
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.position_embedding
+        tokens = torch.cat([self.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1) + self.position_embedding
         if not self.training or not self.config.patch_dropout:
             return tokens, None
         count = patches.shape[1]

@@ -194,18 +194,21 @@ class GCLModel(GCLPreTrainedModel):
                 part.eval()
         return self
 
-    def get_image_features(self, pixel_values, **kwargs):
+    def get_image_features(self, pixel_values, pixel_attention_mask=None, spatial_shapes=None, **kwargs):
         r"""
         Image features, before the final normalisation.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(N, C, H, W)`, or as the backbone's image processor makes it).
-            **kwargs: further image inputs of the backbone, e.g. SigLIP 2's `pixel_attention_mask`, `spatial_shapes`.
+            pixel_attention_mask, spatial_shapes (`torch.Tensor`, *optional*): what SigLIP 2's image processor makes
+                beside it. They have names because sentence-transformers passes only the inputs that have.
+            **kwargs: further image inputs of the backbone.
 
         Returns:
             `BaseModelOutputWithPooling`: features of shape `(N, D)` in `pooler_output`.
         """
-        output = self._image_output(pixel_values=pixel_values, **kwargs)
+        patches = _given(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
+        output = self._image_output(pixel_values=pixel_values, **patches, **kwargs)
         output.pooler_output = self._centre(output.pooler_output, "image")
         return output
 
@@ -225,7 +228,15 @@ class GCLModel(GCLPreTrainedModel):
         output.pooler_output = self._centre(output.pooler_output, "text")
         return output
 
-    def get_fused_features(self, pixel_values, input_ids, attention_mask=None, **kwargs):
+    def get_fused_features(
+        self,
+        pixel_values,
+        input_ids,
+        attention_mask=None,
+        pixel_attention_mask=None,
+        spatial_shapes=None,
+        **kwargs,
+    ):
         r"""
         Fused features of N (image, text) rows, before the final normalisation.
 
@@ -235,6 +246,7 @@ class GCLModel(GCLPreTrainedModel):
             `BaseModelOutputWithPooling`: features of shape `(N, D)` in `pooler_output`.
         """
         inputs = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
+        inputs |= _given(pixel_attention_mask=pixel_attention_mask, spatial_shapes=spatial_shapes)
         return BaseModelOutputWithPooling(pooler_output=self._features(("fused",), **inputs, **kwargs)["fused"])
 
     def forward(
@@ -324,7 +336,7 @@ class GCLModel(GCLPreTrainedModel):
     def _centre(self, features, modality):
         if not self.config.centring:
             return features
-        if not self.modality_means.any():
+        if not torch.compiler.is_compiling() and not self.modality_means.any():  # what is traced can't ask for values
             raise ValueError("config.centring is on, but there are no means: call set_modality_means first")
         return unit(features) - self.modality_means[MODALITIES.index(modality)]
 
@@ -415,6 +427,11 @@ class GCLModel(GCLPreTrainedModel):
         return encode_rows(
             self, rows, processor, batch_size, show_progress, on_error, truncate_dim=truncate_dim, num_frames=num_frames
         )
+
+
+def _given(**inputs):
+    """The inputs that are not None: backbones without them would refuse the name."""
+    return {name: value for name, value in inputs.items() if value is not None}
 
 
 def _processor_beside(name, revision):

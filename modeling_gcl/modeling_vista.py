@@ -80,7 +80,7 @@ class VistaModel(PreTrainedModel):
         """
         visual_tokens = self._tokens(pixel_values, visual_tokens)
         empty = torch.tensor([[self.config.cls_token_id, self.config.sep_token_id]], device=visual_tokens.device)
-        return self.get_fused_features(empty.expand(len(visual_tokens), -1), visual_tokens=visual_tokens)
+        return self.get_fused_features(empty.expand(visual_tokens.shape[0], -1), visual_tokens=visual_tokens)
 
     def get_text_features(self, input_ids, attention_mask=None, token_type_ids=None):
         r"""

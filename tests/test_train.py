@@ -34,7 +34,8 @@ def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys, hub, monkeypat
     code |= {"rows_gcl.py", "tiles_gcl.py", "logsumexp_gcl.py", "triton_gcl.py", "pooling_gcl.py", "video_gcl.py"}
     pictures = {f"pictures/{name}.png" for name in ("nine_way", "modality_pca", "training_curves", "result_sheet")}
     files = {"README.md", "recipe.yaml", "environment.json", "data.json", "results.json", "model.safetensors"}
-    assert code | pictures | files <= names
+    sentence_transformers = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
+    assert code | pictures | files | sentence_transformers <= names
     for name in names:
         assert name in printed
 

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from backbones import random_image
+import torch
+from backbones import random_image, tiny_processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from modeling_gcl import ImageError, load_image
 from modeling_gcl.rows_gcl import Row, load_images, parse_row
@@ -86,3 +88,18 @@ def test_a_video_for_an_image_is_pointed_out():
         load_image("some/x.mp4")
     with pytest.raises(ImageError, match="frame 1: x.MKV: a video"):
         list(load_images(parse_row({"video": [random_image(0), Path("x.MKV")]}, 0), 15))
+
+
+def test_the_processor_reads_images_as_encode_does(tmp_path):
+    """Every door that takes PIL images leads through it."""
+    phone = random_image(0).getexif()
+    phone[0x0112] = 6  # lies on its side
+    random_image(0).save(tmp_path / "phone.jpg", exif=phone)
+    images = [Image.open(tmp_path / "phone.jpg"), random_image(1).convert("P"), random_image(2).convert("RGBA")]
+    processor = tiny_processor("siglip")
+    found = processor(images=images, return_tensors="pt")["pixel_values"]
+    expected = processor(images=[load_image(image) for image in images], return_tensors="pt")["pixel_values"]
+    assert torch.equal(found, expected)
+    lying = processor.image_processor(images[0], return_tensors="pt")["pixel_values"]
+    assert (found[:1] - lying).abs().max() > 0.1
+    assert torch.equal(processor(images=images[0], return_tensors="pt")["pixel_values"], found[:1])

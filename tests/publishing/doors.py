@@ -1,0 +1,37 @@
+"""A process in which neither this checkout nor its editable install can be imported, as at a user's."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+PRELUDE = """
+import sys
+sys.path[:] = {paths!r}
+for name in ("modeling_gcl", "publishing"):
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    sys.exit(name + " can be imported")
+"""
+
+
+def run_outside(code, folder):
+    """Runs Python `code` in `folder`; returns what it printed.
+
+    -S leaves .pth files unread, by which an editable install is found."""
+    paths = [path for path in sys.path if path and not (Path(path) / "modeling_gcl").exists() and Path(path) != TESTS]
+    script = folder / "script.py"
+    script.write_text(PRELUDE.format(paths=paths) + code)
+    environment = {
+        "HF_MODULES_CACHE": str(folder / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    run = subprocess.run(
+        [sys.executable, "-I", "-S", script], cwd=folder, env=os.environ | environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return run.stdout
