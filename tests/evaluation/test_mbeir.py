@@ -195,7 +195,7 @@ def test_a_smoke_run_keeps_the_positives_and_says_so(original, tmp_path):
     assert result["candidates"]["mscoco_task0_test"] == 1
     table = mbeir_table(result, "global")
     assert "A smoke run: the first 1 queries" in table and "average of 2" in table
-    assert table.splitlines()[4].split()[4:] == ["–"] * 7
+    assert table.splitlines()[5].split()[4:] == ["–"] * 7
 
 
 def test_data_of_ones_own_in_the_same_layout(tmp_path):

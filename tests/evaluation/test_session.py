@@ -69,7 +69,7 @@ def test_unknown_variants_are_refused(variant, message):
 
 
 def test_centring_needs_means(model_folder, tmp_path):
-    with pytest.raises(ValueError, match="name calibration pairs with centre_on, or store their means"):
+    with pytest.raises(ValueError, match=r"calibration pairs with centre_on \(--centre-on\), or store their means"):
         Session(model_folder, tmp_path, variant="centring")
     with pytest.raises(ValueError, match="centre_on is for the variant 'centring', not for 'sum'"):
         Session(model_folder, tmp_path, variant="sum", centre_on="x.parquet")
