@@ -21,6 +21,7 @@ from modeling_gcl import GCLModel, GCLProcessor, ImageError, load_image
 from publishing.hub_folder import write_hub_folder
 from publishing.model_card import CardFacts, DataSource
 from publishing.model_folder import save_model_folder
+from publishing.push import check_may_push, push_folder
 from retrieval.failures import failing_together, stop
 from retrieval.sources import read_source
 from training.data import PairCollator, build_dataset
@@ -107,6 +108,10 @@ def main(argv):
     started = time.time()
     try:
         recipe = parse_recipe(argv)
+        # Trainer would push each checkpoint: what is pushed here is the finished folder
+        repo_id, recipe.training.push_to_hub = recipe.training.push_to_hub, None
+        if repo_id is not None and recipe.training.process_index == 0:
+            check_may_push(repo_id, recipe.training.hub_token)
         environment = collect_environment()  # now: the checkout may move on while this runs
         trainer, train_reports, eval_report, environment["training_images"] = build_trainer(recipe)
     except (ValueError, OSError) as error:
@@ -137,9 +142,11 @@ def main(argv):
         stop(error)
     if trainer.is_world_process_zero():
         results = write_results(
-            folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment
+            folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment, repo_id
         )
         report_to_user(folder, results, time.time() - started)
+        if repo_id is not None:
+            push(folder, repo_id, arguments)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
 
@@ -152,7 +159,9 @@ def evaluate(trainer):
     return embeddings, result
 
 
-def write_results(folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment):
+def write_results(
+    folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment, repo_id
+):
     """Everything a saved folder holds beside model and processor; returns what `results.json` says."""
     arguments = recipe.training
     history = trainer.state.log_history
@@ -176,8 +185,8 @@ def write_results(folder, recipe, trainer, train_reports, eval_report, before, a
     pictures = draw_pictures(Path(arguments.output_dir) / "pictures", history, before, after, trainer)
     total = results["parameters"]["total"]
     facts = CardFacts(
-        title=Path(arguments.hub_model_id or arguments.output_dir).name,
-        model_name=arguments.hub_model_id or str(folder),
+        title=Path(repo_id or arguments.output_dir).name,
+        model_name=repo_id or str(folder),
         base_model=recipe.model.encoder,
         base_model_ids=[] if Path(recipe.model.encoder).exists() else [recipe.model.encoder],
         loss=arguments.loss,
@@ -202,6 +211,21 @@ def write_results(folder, recipe, trainer, train_reports, eval_report, before, a
     )
     write_hub_folder(folder, facts=facts, recipe_text=recipe.to_yaml(), results=results, pictures=pictures)
     return results
+
+
+def push(folder, repo_id, arguments):
+    """The finished folder to the Hub. A failure names the command that tries again: nothing need be trained twice."""
+    try:
+        url = push_folder(
+            folder,
+            repo_id,
+            private=bool(arguments.hub_private_repo),
+            revision=arguments.hub_revision,
+            token=arguments.hub_token,
+        )
+    except (ValueError, ConnectionError) as error:
+        stop(ValueError(f"{error}. The model is in {folder}; when that is mended: gcl push {folder} {repo_id}"))
+    print(f"\nPushed to {url}")
 
 
 def draw_pictures(folder, history, before, after, trainer):

@@ -98,7 +98,7 @@ def read_mbeir(
         retrieval_tasks.append(RetrievalTask(task.name, task.direction, queries, positives, task.pool))
         wanted.update(*positives.values())
     pools, found = {}, {}
-    for task in pooled:
+    for task in {task.pool: task for task in pooled}.values():
         pools[task.pool], found[task.pool] = _read_pool(source, task, limit, wanted)
     if len(pools) > 1:
         refuse_shared(pools)

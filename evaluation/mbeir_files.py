@@ -27,6 +27,16 @@ class OriginalFiles:
         self.root = Path(root)
         self.settings = {"root": str(root), "layout": "original"}
 
+    def present(self) -> tuple[list[str], list[str]]:
+        """Names of the tests and of the pools that are there; see `mbeir_tasks.choose_tasks`."""
+        return tuple(
+            [
+                path.name.removeprefix("mbeir_").removesuffix(end)
+                for path in sorted(self.root.glob(f"{folder}/mbeir_*{end}"))
+            ]
+            for folder, end in (("query/test", "_test.jsonl"), ("cand_pool/local", "_cand_pool.jsonl"))
+        )
+
     def needed(self, task: MBEIRTask) -> list[Path]:
         """The files of a task's queries and positives."""
         return [self._queries(task), self._qrels(task)]

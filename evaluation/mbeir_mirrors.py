@@ -39,6 +39,10 @@ class Mirrors:
         self.root, self.hub = None if root is None else Path(root), hub
         self.settings = {"layout": "parquet"} | ({"root": str(root)} if hub is None else {"hub": hub, "commits": {}})
 
+    def present(self) -> tuple[list[str], list[str]]:
+        """Nothing: without names, all of M-BEIR's tasks are meant."""
+        return [], []
+
     def needed(self, task: MBEIRTask) -> list[Path]:
         """The files of a task's queries and positives; of the Hub none."""
         return self._needed(task, "query") + self._needed(task, "qrels")

@@ -3,7 +3,7 @@
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 MODALITIES = {"text": "t", "image": "i", "image,text": "it"}  # as in the data → as in tables
@@ -92,22 +92,38 @@ TASKS = tuple(
 )  # fmt: skip
 
 
-def choose_tasks(names: Sequence[str] | None) -> list[MBEIRTask]:
-    """The tasks of these names, M-BEIR's in the paper's order; without names its 16.
+def choose_tasks(names: Sequence[str] | None, tests: Sequence[str] = (), pools: Sequence[str] = ()) -> list[MBEIRTask]:
+    """The tasks of these names, M-BEIR's in the paper's order.
+
+    Args:
+        names: by default the tests that are there, if they are one's own; else M-BEIR's 16.
+        tests, pools: names of those that are there. A task of one's own without a pool of its name searches that of its
+            data set that has candidates of the same modality.
 
     Raises:
         ValueError: a name that is no task or is repeated; tasks of M-BEIR and others together, for which no global pool
             is defined.
     """
     if not names:
-        return list(TASKS)
+        names = sorted(set(tests) - {task.name for task in TASKS})
+        if names and len(names) < len(tests):
+            raise ValueError(f"{', '.join(names)} are there beside tasks of M-BEIR: name tasks of one kind by --tasks")
+        if not names:
+            return list(TASKS)
     tasks = [parse_task(name) for name in names]
     if len(set(tasks)) < len(tasks):
         raise ValueError(f"a task is named twice: {', '.join(names)}")
     own = [task.name for task in tasks if task not in TASKS]
     if own and len(own) < len(tasks):
         raise ValueError(f"{', '.join(own)}: not of M-BEIR, and can't share its global pool; run them apart")
-    return tasks if own else [task for task in TASKS if task in tasks]
+    return [_with_pool(task, pools) for task in tasks] if own else [task for task in TASKS if task in tasks]
+
+
+def _with_pool(task, pools):
+    """A task of one's own with the pool that is there."""
+    alike = [parse_task(name) for name in sorted(pools) if name.startswith(f"{task.dataset}_task")]
+    found = [other.name for other in alike if other.candidate == task.candidate]
+    return task if task.pool in pools or not found else replace(task, pool=found[0])
 
 
 @lru_cache(maxsize=64)  # asked for millions of times, of three values

@@ -15,9 +15,9 @@ from evaluation.gap import modality_gap
 from evaluation.pairs import DIRECTIONS
 from evaluation.report import check_comparable
 
-_COLOURS = {"i": "#0072B2", "t": "#D55E00", "it": "#009E73"}
+_MODALITY_COLOURS = {"i": "#0072B2", "t": "#D55E00", "it": "#009E73"}
 _MARKERS = {"i": "o", "t": "^", "it": "s"}
-_LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _DPI = 150
 
 
@@ -49,7 +49,7 @@ def nine_way_heatmap(
     figure.suptitle(f"Nine-way retrieval, {before['num_pairs']} pairs", fontsize=13)
     note = "hatched: query and target share an input, not in the headline"
     figure.supxlabel(note + ("\n" if after is None else " · ") + "grey: left empty", fontsize=9)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _heatmap_panel(ax, result: dict, base: dict | None, pool: str, scale: Normalize):
@@ -114,10 +114,10 @@ def modality_pca(
             points[name] = embeddings.candidates[name][firsts[chosen]]
         projected, shares = _principal_components(points)
         for name in MODALITIES:
-            style = {"color": _COLOURS[name], "marker": _MARKERS[name]}
+            style = {"color": _MODALITY_COLOURS[name], "marker": _MARKERS[name]}
             ax.scatter(*projected[name].T, s=9, alpha=0.35, linewidths=0, label=MODALITY_NAMES[name], **style)
         for name in MODALITIES:
-            style = {"color": _COLOURS[name], "marker": _MARKERS[name]}
+            style = {"color": _MODALITY_COLOURS[name], "marker": _MARKERS[name]}
             ax.scatter(*projected[name].mean(axis=0), s=130, edgecolors="black", linewidths=1.6, zorder=3, **style)
         reach = np.maximum(reach, np.abs(np.concatenate(list(projected.values()))).max(axis=0))
         cosine = modality_gap(embeddings.candidates)["cosine"]
@@ -136,7 +136,7 @@ def modality_pca(
     for handle in legend.legend_handles:
         handle.set_alpha(1)
     figure.suptitle("Modalities of the candidates; large markers: their means")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _principal_components(points: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -192,7 +192,7 @@ def training_curves(log_history: Sequence[dict], path: str | Path) -> Path:
             ax.plot(
                 steps,
                 values,
-                color=_LINES[number % len(_LINES)],
+                color=COLOURS[number % len(COLOURS)],
                 linestyle=("-", "--", ":", "-.")[number // 2 % 4],
                 marker="o" if few else None,
                 markersize=3.5,
@@ -211,7 +211,7 @@ def training_curves(log_history: Sequence[dict], path: str | Path) -> Path:
             right = ax.secondary_yaxis("right", functions=(_reciprocal, _reciprocal))
             right.ticklabel_format(axis="y", useOffset=False)
             right.set_ylabel("temperature τ")
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _series(log_history: Sequence[dict], wanted) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -228,7 +228,8 @@ def _reciprocal(values):
     return 1 / np.where(np.abs(values) < 1e-9, 1e-9, values)
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write a PNG at the resolution of all pictures here; the folder is made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=_DPI)

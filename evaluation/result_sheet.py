@@ -30,6 +30,8 @@ def result_sheet(
     seed: int = 0,
 ) -> Path:
     """Draw the first `k` results of some queries, with one line a model; the query's own pair has a green frame and ✓.
+    A query that is a candidate too (an image, and with one caption a pair a text or both) would find itself first: it
+    is left out of its own results, and the sheet says so.
 
     Args:
         pairs: those that were embedded, in the same order.
@@ -38,7 +40,8 @@ def result_sheet(
         num_queries: how many pairs to draw, sampled with `seed`: neither the best nor the worst.
 
     Raises:
-        ValueError: an unknown modality; pairs that are not those of the embeddings; an image that cannot be read.
+        ValueError: an unknown modality; pairs that are not those of the embeddings; a pool that holds nothing but the
+            query; an image that cannot be read.
     """
     if query not in MODALITIES or pool not in ("global", *MODALITIES):
         raise ValueError(f"query is one of {MODALITIES} and pool one of {('global', *MODALITIES)}: {query!r}, {pool!r}")
@@ -57,7 +60,7 @@ def result_sheet(
         for model, (embeddings, results) in enumerate(zip(models, found, strict=True)):
             line = axes[number * len(models) + model]
             if model == 0:
-                caption = None if query == "i" else _query_caption(embeddings, query)
+                caption = _query_caption(embeddings, query)
                 content = _content(pairs, embeddings, pair, query != "t", caption)
                 _cell(line[0], *content, f"query: {MODALITY_NAMES[query]}", "black", 2.0)
             else:
@@ -72,7 +75,10 @@ def result_sheet(
                 content = _content(pairs, embeddings, owner, name != "t", caption)
                 _cell(ax, *content, title, _RIGHT if right else _WRONG, 3.5 if right else 1.0)
     where = "all modalities" if pool == "global" else f"{MODALITY_NAMES[pool]} only"
-    figure.suptitle(f"Top {width - 1} of the candidates, {where}; the number is the cosine similarity", fontsize=12)
+    title = f"Top {width - 1} of the candidates, {where}; the number is the cosine similarity"
+    if pool in ("global", query) and _is_candidate(before, query):
+        title += "\nthe query itself, which is a candidate too, is left out"
+    figure.suptitle(title, fontsize=12)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
@@ -80,20 +86,32 @@ def result_sheet(
 
 
 def _search(embeddings: PairEmbeddings, chosen: np.ndarray, query: str, pool: str, k: int):
-    """For each chosen pair its first `k`: (modality, index in that modality, score)."""
+    """For each chosen pair its first `k` without the query itself: (modality, index in that modality, score)."""
     names = MODALITIES if pool == "global" else (pool,)
     places = [(name, place) for name in names for place in range(len(embeddings.candidates[name]))]
     candidates = np.concatenate([embeddings.candidates[name] for name in names])
-    scores, indices = exact_top_k(embeddings.queries[query][chosen], candidates, min(k, len(candidates)))
-    return [
-        [(*places[index], score) for index, score in zip(row, values, strict=True)]
-        for row, values in zip(indices.tolist(), scores.tolist(), strict=True)
-    ]
+    itself = {}
+    if query in names and _is_candidate(embeddings, query):
+        firsts = np.searchsorted(embeddings.owners[query], chosen)  # the query's caption is the first of its pair
+        itself = {pair: (query, int(first)) for pair, first in zip(chosen.tolist(), firsts)}
+        if len(candidates) == 1:
+            raise ValueError(f"the pool {pool!r} holds nothing but the query itself: there is nothing to draw")
+    scores, indices = exact_top_k(embeddings.queries[query][chosen], candidates, min(k + 1, len(candidates)))
+    found = []
+    for pair, row, values in zip(chosen.tolist(), indices.tolist(), scores.tolist(), strict=True):
+        others = [(index, score) for index, score in zip(row, values) if places[index] != itself.get(pair)]
+        found.append([(*places[index], score) for index, score in others[:k]])
+    return found
 
 
-def _query_caption(embeddings: PairEmbeddings, query: str) -> int:
+def _query_caption(embeddings: PairEmbeddings, query: str) -> int | None:
     roles = caption_roles(embeddings.captions_per_pair)
-    return roles.text_query if query == "t" else roles.fused_query
+    return {"i": None, "t": roles.text_query, "it": roles.fused_query}[query]
+
+
+def _is_candidate(embeddings: PairEmbeddings, query: str) -> bool:
+    """Whether the queries of that modality are among its candidates, as the first of their pair."""
+    return _query_caption(embeddings, query) == embeddings.caption_of(query, 0)
 
 
 def _content(

@@ -1,4 +1,5 @@
-"""`gcl convert`: other checkpoints into folders that GCL starts from."""
+"""`gcl convert`: other checkpoints into folders that GCL starts from, own test data into M-BEIR's layout.
+`gcl push`: a folder onto the Hub."""
 
 import sys
 from pathlib import Path
@@ -6,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Turn other checkpoints into folders that GCL starts from.")
+app = typer.Typer(no_args_is_help=True, help="Turn checkpoints and test data into folders that GCL reads.")
 
 
 @app.command("towers")
@@ -95,6 +96,32 @@ def vista(
     typer.echo(convert_vista(file, out, tokenizer=tokenizer))
 
 
+@app.command("mbeir")
+def mbeir(
+    data: Annotated[str, typer.Argument(help="Folder, .parquet, .jsonl, .csv, or Hub id of captioned images.")],
+    root: Annotated[Path, typer.Argument(help="Folder to write into; may hold other data sets in M-BEIR's layout.")],
+    name: Annotated[str, typer.Option(help="Of the data set; its tests are NAME_task0 and so on.")],
+    dataset_id: Annotated[int, typer.Option(help="Its number in all ids; M-BEIR's own have 0 to 9.")],
+    composed: Annotated[
+        Path | None,
+        typer.Option(help='.jsonl of {"ref": id, "text": "…", "targets": [ids]}: image + text queries for the images.'),
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
+):
+    """Captioned images as tests t→i, t→t, t→it, i→t and it→t, or with --composed it→i, for gcl evaluate mbeir."""
+    from publishing.mbeir_folder import write_composed, write_pairs
+    from retrieval.source_arguments import SourceArguments
+    from retrieval.sources import load_pairs
+
+    pairs = load_pairs(SourceArguments(data, split=split))
+    if composed is None:
+        tests = write_pairs(pairs, root, name=name, dataset_id=dataset_id)
+    else:
+        tests = write_composed(pairs, composed, root, name=name, dataset_id=dataset_id)
+    for test, queries in tests.items():
+        typer.echo(f"{test}: {queries:,} queries")
+
+
 @app.command("to-clip")
 def to_clip(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint on a CLIP.")],
@@ -117,3 +144,16 @@ def onnx(
     from publishing.onnx_graphs import convert_to_onnx
 
     typer.echo(convert_to_onnx(model, out, revision=revision))
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Model folder that training or a converter saved.")],
+    repo_id: Annotated[str, typer.Argument(help="ORGANISATION_OR_USER/NAME; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to commit to instead of main.")] = None,
+    message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a GCL model",
+):
+    """Push a model folder to the Hub in one commit, with the token of `hf auth login` or HF_TOKEN."""
+    from publishing.push import push_folder
+
+    typer.echo(push_folder(folder, repo_id, private=private, revision=revision, message=message))

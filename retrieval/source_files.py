@@ -112,7 +112,7 @@ def read_sidecars(folder: Path, report: SourceReport) -> Iterator[Listed]:
         if not text.is_file():
             report.skip(NO_CAPTION_FILE, name)
             continue
-        captions = [line for line in "".join(_lines(text)).splitlines() if line.strip()]
+        captions = [line for line in "".join(text_lines(text)).splitlines() if line.strip()]
         yield Listed(str(text), None, name, captions)
 
 
@@ -185,7 +185,7 @@ def missing_reason(path: str, root: Path | None) -> str:
     return MISSING_BACKSLASH if "\\" in path.removeprefix(str(root)) else MISSING
 
 
-def _lines(path: Path) -> Iterator[str]:
+def text_lines(path: Path) -> Iterator[str]:
     """Lines of a text file with their ends, a byte order mark taken off.
 
     Raises:
@@ -212,7 +212,7 @@ def _is_utf8(line: bytes) -> bool:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    reader = csv.DictReader(_lines(path), strict=True)
+    reader = csv.DictReader(text_lines(path), strict=True)
     try:
         header = [name for name in reader.fieldnames or () if name]
         for name in header:
@@ -229,14 +229,19 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(_lines(path), start=1):
+    """The place (`FILE, line N`) and the value of each line of a .jsonl file; blank lines are none.
+
+    Raises:
+        DataError: with file and line for text that is not UTF-8, or not JSON.
+    """
+    for number, line in enumerate(text_lines(path), start=1):
         if line.strip():
             place = f"{path}, line {number}"
             yield place, _parse_json(line, lambda _, place=place: place)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    entries = _parse_json("".join(_lines(path)), lambda line: f"{path}, line {line}")
+    entries = _parse_json("".join(text_lines(path)), lambda line: f"{path}, line {line}")
     if not isinstance(entries, list):
         raise DataError(f"{path}: expected a list of entries as in LLaVA-Pretrain, got {type(entries).__name__}")
     for number, entry in enumerate(entries):

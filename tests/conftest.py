@@ -2,11 +2,13 @@
 
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 import vista_originals
 import yaml
 from backbones import BACKBONES, tiny_encoder, tiny_processor, word_tokenizer
+from hub_on_loopback import hub_on_loopback
 from training_runs import write_parquet
 from transformers import CLIPProcessor
 
@@ -57,3 +59,16 @@ def recipe(clip_folder, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on this machine that this process speaks to, with no token of the user's."""
+    with hub_on_loopback() as hub:
+        for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        for name in ("HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH"):
+            monkeypatch.setattr(huggingface_hub.constants, name, str(tmp_path / "no-token"))
+        huggingface_hub.close_session()
+        yield hub
+    huggingface_hub.close_session()

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from backbones import random_image
+from hub_on_loopback import TOKEN
 
 import train
 from evaluation.pairs import evaluate_pairs
@@ -16,9 +17,10 @@ from modeling_gcl import GCLModel, GCLProcessor
 from retrieval.source_arguments import SourceArguments
 from retrieval.source_checks import SourceReport
 from retrieval.sources import load_pairs
+from training.training_arguments import GCLTrainingArguments
 
 
-def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys):
+def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys, hub, monkeypatch):
     train.main([str(recipe)])
     folder = tmp_path / "out" / "model"
     printed = capsys.readouterr().out
@@ -55,9 +57,14 @@ def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys):
     random_image(0).save(tmp_path / "dog.jpg")
     run = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    # the recipe beside the weights repeats the run
+    # the recipe beside the weights repeats the run; the finished folder is what is pushed
     again = tmp_path / "again"
-    train.main([str(folder / "recipe.yaml"), "--output_dir", str(again)])
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    train.main([str(folder / "recipe.yaml"), "--output_dir", str(again), "--push_to_hub", "org/tiny"])
+    pushed = hub.files("org/tiny")
+    assert pushed.keys() - {".gitattributes"} == names and f"{hub.url}/org/tiny/commit/" in capsys.readouterr().out
+    assert pushed["model.safetensors"] == (again / "model" / "model.safetensors").read_bytes()
+    assert b'from_pretrained("org/tiny"' in pushed["README.md"] and len(hub.repos["org/tiny"]["main"]) == 2
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, GCLModel.from_pretrained(again / "model").state_dict()[name]), name
 
@@ -142,3 +149,20 @@ def test_the_card_names_hub_data_and_hides_absolute_folders():
     assert hub.on_hub and (hub.source, hub.name, hub.revision, hub.licence) == ("org/pairs", "en", "abc123", "cc0-1.0")
     local = train.data_source(SourceArguments("/home/me/photos"), SourceReport("/home/me/photos", pairs=7))
     assert not local.on_hub and local.source == "photos"
+
+
+def test_what_can_not_be_pushed_is_not_trained(recipe, tmp_path, hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(SystemExit, match="does not accept the token"):
+        train.main([str(recipe), "--push_to_hub", "org/tiny"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_push_that_fails_leaves_the_model_and_says_how_to_push_it(hub, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionError("org/tiny was not pushed")
+
+    monkeypatch.setattr(train, "push_folder", refuse)
+    arguments = GCLTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(SystemExit, match="org/tiny was not pushed.*gcl push out/model org/tiny"):
+        train.push("out/model", "org/tiny", arguments)

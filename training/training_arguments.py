@@ -138,6 +138,9 @@ class GCLTrainingArguments(TrainingArguments):
             Evaluate `data.eval` before training too, for the before/after table.
         remove_unused_columns (`bool`, *optional*, defaults to `False`):
             Must stay `False`: the collator needs the raw image and caption.
+        push_to_hub (`str`, *optional*):
+            `"org/name"`: the finished folder, with card, results and pictures, is pushed there in one commit, with
+            `hub_token`, to the branch `hub_revision`; a repository that is made is private with `hub_private_repo`.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -178,6 +181,7 @@ class GCLTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = True
     eval_on_start: bool = True
     remove_unused_columns: bool = False
+    push_to_hub: str | None = None
 
     def __post_init__(self):
         one_of("training.loss", self.loss, LOSSES)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from evaluation.commands.compare import compare_variants
 from evaluation.commands.options import (
     BatchSize,
     CentreOn,
@@ -69,3 +70,5 @@ def covr(
         if limit is not None:
             typer.echo(f"a smoke run on the first {limit} rows: the gallery is smaller, and recall higher")
         typer.echo(f"written to {written}")
+    if result is not None:
+        compare_variants(out, variant)

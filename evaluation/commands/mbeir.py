@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from evaluation.commands.compare import compare_variants
 from evaluation.commands.options import (
     BatchSize,
     CentreOn,
@@ -34,7 +35,10 @@ def mbeir(
     ] = None,
     hub: Annotated[str | None, typer.Option(help="Or owner of data sets mbeir_TASK on the Hub: MRBench.")] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Names with commas between, e.g. cirr_task7,nights_task4. All 16 by default.")
+        str | None,
+        typer.Option(
+            help="Names with commas between, as cirr_task7,nights_task4. Default: your own in ROOT, or M-BEIR's 16."
+        ),
     ] = None,
     scope: Annotated[
         list[Scope] | None,
@@ -56,9 +60,10 @@ def mbeir(
     from evaluation.mbeir_report import mbeir_table
     from evaluation.mbeir_tasks import choose_tasks
 
-    chosen = choose_tasks(None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()])
     scopes = [str(name) for name in Scope if not scope or name in scope]
     source = open_source(root, hub)
+    names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+    chosen = choose_tasks(names, *source.present())
     benchmark = read_mbeir(source, chosen, scopes=scopes, limit=limit, instructions=instructions)
     options = {"batch_size": batch_size, "truncate_dim": truncate_dim, "centre_on": centre_on, "revision": revision}
     measured = {"scopes": scopes, "skip_unreadable": skip_unreadable, "limit": limit}
@@ -74,3 +79,5 @@ def mbeir(
         tables = "\n\n".join(mbeir_table(result, name, markdown=True) for name in scopes)
         (session.out / "table.md").write_text(tables + "\n", encoding="utf-8")
         typer.echo(f"written to {written}")
+    if result is not None:
+        compare_variants(out, variant)

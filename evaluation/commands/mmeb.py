@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from evaluation.commands.compare import compare_variants
 from evaluation.commands.options import (
     BatchSize,
     CentreOn,
@@ -66,3 +67,5 @@ def mmeb(
         typer.echo(mmeb_table(result))
         settings = {"version": version, "instructions": instructions, "limit": limit} | data
         typer.echo(f"written to {session.write('mmeb', settings, result)}")
+    if result is not None:
+        compare_variants(out, variant)

@@ -1,4 +1,4 @@
-"""`gcl evaluate pairs`, `compare` and `summary`."""
+"""`gcl evaluate pairs` and `summary`."""
 
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ def pairs(
     from evaluation.environment import collect_environment
     from evaluation.pairs import embed_pairs, evaluate_embeddings
     from evaluation.plots import modality_pca, nine_way_heatmap
-    from evaluation.report import nine_way_table
+    from evaluation.report import nine_way_markdown, nine_way_table
     from evaluation.result_sheet import result_sheet
     from retrieval.source_arguments import SourceArguments
     from retrieval.sources import load_pairs
@@ -33,6 +33,7 @@ def pairs(
 
     options = {"batch_size": batch_size, "truncate_dim": truncate_dim, "centre_on": centre_on}
     found = load_pairs(SourceArguments(data, split=split, limit=limit))
+    results = {}
     for session in sessions(model, out, variant, **options):
         trained = session.model.config.matryoshka_dims or [session.model.config.projection_dim]
         if truncate_dim is not None and truncate_dim not in trained:
@@ -41,7 +42,7 @@ def pairs(
             )
         options = {"batch_size": batch_size, "show_progress": sys.stderr.isatty(), "truncate_dim": truncate_dim}
         embeddings = embed_pairs(session.model, session.processor, found, **options)
-        result = evaluate_embeddings(embeddings, seed=seed)
+        results[session.settings["variant"]] = result = evaluate_embeddings(embeddings, seed=seed)
         if variant is not None:
             typer.echo(f"{session.settings['variant']}:")
         typer.echo(nine_way_table(result))
@@ -56,26 +57,8 @@ def pairs(
         modality_pca(embeddings, None, session.out / "modality_pca.png")
         result_sheet(found, embeddings, None, session.out / "result_sheet.png")
         typer.echo(f"written to {session.out}")
-
-
-def compare(
-    before: Annotated[Path, typer.Argument(help="results.json of one run.")],
-    after: Annotated[Path, typer.Argument(help="results.json of another, on the same pairs.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for compare.md and nine_way.png.")] = None,
-    labels: Annotated[tuple[str, str], typer.Option(help="Names of the two.")] = ("before", "after"),
-):
-    """Two results side by side: the nine-way table and heat map."""
-    from evaluation.plots import nine_way_heatmap
-    from evaluation.report import nine_way_markdown, nine_way_table
-    from evaluation.summary import read_result
-
-    results = [read_result(before), read_result(after)]
-    typer.echo(nine_way_table(*results))
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "compare.md").write_text(nine_way_markdown(dict(zip(labels, results))) + "\n")
-        nine_way_heatmap(*results, out / "nine_way.png", labels=labels)
-        typer.echo(f"written to {out}")
+    if len(results) > 1:
+        typer.echo(nine_way_markdown(results))
 
 
 def summary(

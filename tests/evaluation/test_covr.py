@@ -306,7 +306,8 @@ def test_the_command_ranks_as_encode_does(clip_folder, data, tmp_path):
     options[-1] = "normalized_sum"
     done = invoke(clip_folder, *options, "--out", tmp_path)
     assert done.exit_code == 0, done.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["frames", "normalized_sum", "plain"]
+    expected = ["compare.md", "directions.png", "frames", "normalized_sum", "plain"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == expected
     run = Run.load(tmp_path / "plain" / "runs" / "mean.safetensors")
     for n, scores in enumerate(similarities.numpy()):
         found = dict(zip(run.ranking(n), run.scores[n]))

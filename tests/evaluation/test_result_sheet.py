@@ -3,6 +3,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from evaluation.pairs import embed_pairs
 from evaluation.result_sheet import result_sheet
 
 
@@ -26,7 +27,7 @@ def sheet(monkeypatch, tmp_path, pairs):
         savefig = Figure.savefig
         with monkeypatch.context() as patch:
             patch.setattr(Figure, "savefig", lambda self, *a, **o: (figures.append(self), savefig(self, *a, **o)))
-            path = result_sheet(pairs, *args, tmp_path / "sheet.png", **options)
+            path = result_sheet(options.pop("pairs", pairs), *args, tmp_path / "sheet.png", **options)
         with Image.open(path) as image:
             assert image.format == "PNG" and np.asarray(image.convert("RGB")).std() > 5
         return figures[0].axes
@@ -63,6 +64,35 @@ def test_before_and_after_stand_below_each_other(sheet, make_embeddings):
 def test_fused_queries_show_image_and_caption(sheet, make_embeddings):
     axes = sheet(make_embeddings(), None, query="it", num_queries=1, k=2)
     assert axes[0].images and axes[0].get_xlabel().endswith("costs $5 or $1")
+
+
+@pytest.mark.parametrize(("query", "found"), [("t", ["image", "image + text"]), ("it", ["image", "text"])])
+def test_the_query_itself_is_left_out_of_its_results(sheet, hash_model, pairs, query, found):
+    """With one caption a pair, query and candidate are the same text, of cosine 1."""
+    rows = [{"id": p["id"], "image": str(j).encode(), "captions": [f"{j} one"]} for j, p in enumerate(pairs)]
+    hash_model.lean = 9.0  # everything of a pair beside each other, far from the others
+    embeddings = embed_pairs(hash_model, None, rows)
+    shown = [pair | {"captions": row["captions"]} for pair, row in zip(pairs, rows)]
+    for axes, what in (
+        (sheet(embeddings, None, pairs=shown, query=query, num_queries=3, k=2), found),
+        (sheet(embeddings, None, pairs=shown, query=query, pool=query, num_queries=3, k=2), None),
+    ):
+        assert "the query itself, which is a candidate too, is left out" in axes[0].figure.get_suptitle()
+        for cells in (axes[1:3], axes[4:6], axes[7:9]):
+            if what is None:  # of its own modality only other pairs are left
+                assert not any(ax.get_title().endswith("✓") for ax in cells)
+            else:
+                assert sorted(ax.get_title().split(" · ")[1] for ax in cells) == what
+                assert all(ax.get_title().endswith("✓") for ax in cells)
+
+
+def test_nothing_is_left_out_where_queries_are_no_candidates(sheet, make_embeddings):
+    axes = sheet(make_embeddings(), None, query="it", num_queries=1, k=2)
+    assert "left out" not in axes[0].figure.get_suptitle()
+    images = sheet(make_embeddings(), None, query="i", pool="i", num_queries=1, k=50)
+    assert len(images) == 1 + 39 and "left out" in images[0].figure.get_suptitle()
+    with pytest.raises(ValueError, match="nothing but the query itself"):
+        sheet(make_embeddings(num_pairs=1), None, query="i", pool="i", pairs=[{"id": "p0"}])
 
 
 def test_pairs_that_were_not_embedded_are_refused(sheet, make_embeddings, pairs):

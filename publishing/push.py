@@ -1,0 +1,167 @@
+"""A saved folder onto the Hub: complete or not at all.
+
+Files are uploaded first, then one commit makes them visible, on top of the commit that was seen at the start: others
+never see half of an update, and what someone else pushed meanwhile is not overwritten. Weights and code that the folder
+no longer holds are removed in the same commit; other files of the repository stay.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import filter_repo_objects
+
+from publishing.model_card import check_hub_id
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 5
+FIRST_WAIT = 2.0  # seconds; doubled each time, unless the Hub says how long
+LONGEST_WAIT = 300.0
+_STALE = ("*.safetensors", "*.safetensors.index.json", "*.py")
+_NOT_PUSHED = ("checkpoint-*/**", "runs/**", "*.partial", ".*", "**/.*", "**/__pycache__/**")
+_TRY_LATER = (408, 409, 425, 429, 500, 502, 503, 504)
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    message: str = "Upload a GCL model",
+    token: str | None = None,
+) -> str:
+    """
+    Push a folder that training or a converter saved.
+
+    Args:
+        repo_id: `"org/name"`; made if it is not there.
+        private: of a repository that is made now.
+        revision: branch to commit to instead of main; made if it is not there.
+        token: by default that of `hf auth login`, or HF_TOKEN.
+
+    Returns:
+        URL of the commit.
+
+    Raises:
+        ValueError: no model folder, or one that lacks files; no token, or one that may not write there; the repository
+            changed meanwhile. Nothing has changed on the Hub then.
+        ConnectionError: the Hub could not be reached, or refused, ATTEMPTS times. Nothing has changed on it.
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    token = check_may_push(repo_id, token)
+    api = HfApi(token=token)
+    _persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
+    if revision is not None:
+        _persist(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
+    seen = _persist(lambda: api.model_info(repo_id, revision=revision), repo_id).sha
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {name: paths[name] for name in filter_repo_objects(paths, ignore_patterns=list(_NOT_PUSHED))}
+
+    def commit():
+        # a commit whose answer was lost is met again as a folder that the repository holds already: nothing to do
+        held = api.list_repo_files(repo_id, revision=revision)
+        stale = [name for name in filter_repo_objects(held, allow_patterns=list(_STALE)) if name not in files]
+        operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
+        operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
+        return api.create_commit(
+            repo_id, operations, commit_message=message, revision=revision, parent_commit=seen
+        ).commit_url
+
+    return _persist(commit, repo_id)
+
+
+def check_folder(folder: Path) -> None:
+    """
+    Raises:
+        ValueError: the folder is no GCL checkpoint, or misses weights, a model card or a file that writing left half
+            done.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no model folder: there is no config.json") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / 'config.json'} is no JSON: {error}") from error
+    if config.get("model_type") != "gcl":
+        kind = config.get("model_type")
+        raise ValueError(f"{folder} is no GCL checkpoint but a {kind!r} model: push it by `hf upload`")
+    partial = sorted(path.name for path in folder.rglob("*.partial"))
+    if partial:
+        raise ValueError(f"{folder} holds a file that was written in part, {partial[0]}: save the model again")
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [name for name in (*files, "processor_config.json", "README.md") if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} is not complete: there is no {', '.join(missing)}. Train or convert it again")
+
+
+def check_may_push(repo_id: str, token: str | None = None) -> str:
+    """
+    The token to push with, after asking the Hub whose it is. Worth doing before hours of training.
+
+    Raises:
+        ValueError: the id is no `org/name`, there is no token, the Hub does not know it, or its user is not of `org`.
+        ConnectionError: the Hub cannot be reached.
+    """
+    check_hub_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} names no owner: push to ORGANISATION_OR_USER/NAME")
+    token = token or get_token()
+    if token is None:
+        raise ValueError(f"there is no token to push {repo_id} with: run `hf auth login`, or set HF_TOKEN")
+    user = _persist(lambda: HfApi(token=token).whoami(), repo_id)
+    owner, owners = repo_id.split("/")[0], [user["name"], *(org["name"] for org in user.get("orgs", []))]
+    if owner not in owners:
+        raise ValueError(f"{user['name']} may not push to {repo_id}: the token's owners are {', '.join(owners)}")
+    return token
+
+
+def _persist(call, repo_id):
+    """What `call` returns, at the first of ATTEMPTS in which the network and the Hub are well."""
+    wait = FIRST_WAIT
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return call()
+        except HTTPError as error:  # of the network too
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if status is not None and status not in _TRY_LATER:
+                raise ValueError(_explain(status, repo_id, error)) from error
+            why = f"status {status}" if status else f"{type(error).__name__}: {error}"
+            if attempt == ATTEMPTS:
+                raise ConnectionError(
+                    f"{repo_id} was not pushed, the Hub failed {ATTEMPTS} times, at last with {why}. Nothing has "
+                    "changed there; push again later"
+                ) from error
+            pause = min(_asked_to_wait(error) or wait, LONGEST_WAIT)
+            logger.warning(f"the Hub failed ({why}); attempt {attempt + 1} of {ATTEMPTS} in {pause:.0f} s")
+            time.sleep(pause)
+            wait *= 2
+
+
+def _asked_to_wait(error) -> float | None:
+    if not isinstance(error, HfHubHTTPError):
+        return None
+    try:
+        return float(error.response.headers.get("retry-after"))
+    except (TypeError, ValueError):
+        return None
+
+
+def _explain(status, repo_id, error):
+    reasons = {
+        401: "the Hub does not accept the token: run `hf auth login` again, or set HF_TOKEN to a valid one",
+        403: f"the token may not write to {repo_id}: make one with write access to it",
+        404: f"{repo_id} or its branch is not there, or the token may not see it",
+        412: f"{repo_id} has changed while this was uploaded: look at what was pushed there, then push again",
+    }
+    return f"{reasons.get(status, f'the Hub refused {repo_id} ({error})')}. Nothing has changed on the Hub"

@@ -1,0 +1,187 @@
+"""Folders onto a Hub over real HTTP: whole, in one commit, whatever the network does; and off it again."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from backbones import tiny_encoder, tiny_processor
+from hub_on_loopback import TOKEN
+
+import publishing.push
+from modeling_gcl import GCLModel
+from publishing.push import check_folder, push_folder
+
+ROOT = Path(__file__).parents[2]
+LOAD = """
+import json, sys
+from transformers import AutoModel, AutoProcessor
+repo_id, revision = sys.argv[1:3]
+model, processor = (auto.from_pretrained(repo_id, revision=revision, trust_remote_code=True)
+                    for auto in (AutoModel, AutoProcessor))
+import importlib.util
+assert importlib.util.find_spec("modeling_gcl") is None
+print(json.dumps(model.encode(["A red bird."], processor).tolist()))
+"""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return GCLModel.from_encoder(tiny_encoder("clip")).eval()
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    tiny_processor("clip").save_pretrained(folder)
+    (folder / "README.md").write_text("# A card\n")
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "nine_way.png").write_bytes(b"png")
+    return folder
+
+
+@pytest.fixture
+def push(hub, monkeypatch, capfd):
+    """`push_folder` to org/clip-gcl; `waits` are the pauses that it would have made."""
+
+    def push(folder, repo_id="org/clip-gcl", token=TOKEN, **options):
+        push.waits.clear()
+        monkeypatch.setenv("HF_TOKEN", token)
+        try:
+            return push_folder(folder, repo_id, **options)
+        finally:
+            assert TOKEN not in "".join(capfd.readouterr())
+
+    push.waits = []
+    monkeypatch.setattr(publishing.push.time, "sleep", push.waits.append)
+    return push
+
+
+def on_disk(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def pushed(hub, repo_id="org/clip-gcl", branch="main"):
+    return {name: content for name, content in hub.files(repo_id, branch).items() if name != ".gitattributes"}
+
+
+def test_a_pushed_folder_loads_where_our_package_is_not(hub, push, folder, model, tmp_path):
+    url = push(folder, private=True)
+    commits = hub.repos["org/clip-gcl"]["main"]
+    assert len(commits) == 2 and url.endswith(commits[-1]["sha"]) and push.waits == []
+    assert pushed(hub) == on_disk(folder) and hub.private == {"org/clip-gcl"}
+    clean = [path for path in sys.path if path and Path(path).resolve() not in (ROOT, ROOT / "tests")]
+    environment = os.environ | hub.environment | {"HF_HOME": str(tmp_path / "home")}
+    environment.pop("PYTHONPATH", None)
+    # -S would lose the packages: the finder of an editable install is taken out by name instead
+    script = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in repr(f)]\n"
+    script += f"sys.path[:] = {[str(path) for path in clean]!r}\n" + LOAD
+    command = [sys.executable, "-c", script, "org/clip-gcl", commits[-1]["sha"]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = model.encode(["A red bird."], tiny_processor("clip"))
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout.splitlines()[-1])), expected, atol=1e-5, rtol=0)
+
+
+def test_pushed_again_it_replaces_weights_and_code_and_keeps_the_rest(hub, push, folder):
+    push(folder)
+    hub.files("org/clip-gcl")["model-00001-of-00002.safetensors"] = b"old"
+    hub.files("org/clip-gcl")["old_gcl.py"] = b"old"
+    hub.files("org/clip-gcl")["notes.txt"] = b"kept"
+    (folder / "README.md").write_text("# A better card\n")
+    (folder / "checkpoint-5").mkdir()
+    (folder / "checkpoint-5" / "optimizer.pt").write_bytes(b"not for the Hub")
+    push(folder)
+    expected = {name: content for name, content in on_disk(folder).items() if not name.startswith("checkpoint-")}
+    assert pushed(hub) == expected | {"notes.txt": b"kept"}
+    commits = len(hub.repos["org/clip-gcl"]["main"])
+    push(folder)
+    assert len(hub.repos["org/clip-gcl"]["main"]) == commits  # nothing new, no empty commit
+
+
+def test_a_branch_leaves_main_alone(hub, push, folder):
+    push(folder, revision="next")
+    assert list(pushed(hub)) == [] and pushed(hub, branch="next") == on_disk(folder)
+
+
+@pytest.mark.parametrize(
+    ("fault", "waits"),
+    [
+        # cut off in the middle of the weights: this retry is huggingface_hub's own
+        (("PUT", "/__lfs__/", None), [1.0]),
+        (("POST", "/commit/", 503), [2.0]),
+        (("POST", "/commit/", None, "after"), [2.0]),  # committed, but the answer was lost
+        (("POST", "/commit/", 429, {"retry-after": "7"}), [7.0]),
+        (("POST", "/api/repos/create", 500), [2.0]),
+    ],
+)
+def test_faults_of_network_and_hub_are_outlived(hub, push, folder, fault, waits):
+    method, part, status, *more = fault
+    headers = next((item for item in more if isinstance(item, dict)), None)
+    hub.fail(method, part, status, headers=headers, after="after" in more)
+    push(folder)
+    assert not hub.faults and push.waits == waits
+    assert pushed(hub) == on_disk(folder) and len(hub.repos["org/clip-gcl"]["main"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (403, "may not write to org/clip-gcl"),
+        (404, "is not there, or the token may not see it"),
+        (412, "has changed while"),
+    ],
+)
+def test_what_the_hub_refuses_changes_nothing_and_says_what_to_do(hub, push, folder, status, message):
+    hub.fail("POST", "/commit/", status)
+    with pytest.raises(ValueError, match=f"{message}.*Nothing has changed on the Hub$"):
+        push(folder)
+    assert push.waits == [] and list(pushed(hub)) == []
+
+
+def test_a_hub_that_stays_down_is_given_up(hub, push, folder):
+    hub.fail("POST", "/commit/", 503, times=5)
+    with pytest.raises(ConnectionError, match="failed 5 times, at last with status 503"):
+        push(folder)
+    assert push.waits == [2.0, 4.0, 8.0, 16.0] and list(pushed(hub)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"token": ""}, "run `hf auth login`, or set HF_TOKEN"),
+        ({"token": "hf_wrong"}, "does not accept the token"),
+        ({"repo_id": "others/clip-gcl"}, "tester may not push to others/clip-gcl: the token's owners are tester, org"),
+        ({"repo_id": "clip-gcl"}, "'clip-gcl' names no owner"),
+        ({"repo_id": "org/a b"}, "no id on the Hub"),
+    ],
+)
+def test_tokens_and_owners(hub, push, folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        push(folder, **options)
+    assert hub.repos == {}
+
+
+def spoil_config(folder):
+    (folder / "config.json").write_text('{"model_type": "clip"}')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_config, "no GCL checkpoint but a 'clip' model"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON"),
+        (lambda folder: (folder / "config.json").unlink(), "is no model folder: there is no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "is not complete: there is no model.safetensors"),
+        (lambda folder: (folder / "README.md").unlink(), "is not complete: there is no README.md"),
+        (lambda folder: (folder / "a.json.partial").touch(), "written in part, a.json.partial"),
+    ],
+)
+def test_folders_that_are_not_whole_are_refused_before_the_hub_is_asked(folder, spoil, message):
+    spoil(folder)
+    with pytest.raises(ValueError, match=message):
+        check_folder(folder)
