@@ -26,15 +26,19 @@ def mbeir_table(result: dict, scope: str, *, markdown: bool = False) -> str:
         result: of `evaluation.mbeir.evaluate_mbeir`.
         markdown: for a file, else for a terminal.
 
-    The average of the paper stands beside ours where all its 16 rows are there.
+    The paper's columns stand beside ours where it has any of the rows, its average where all its 16 are there.
     """
     columns, paper = paper_table(f"mbeir_{scope}")
+    tasks = {name: parse_task(name) for name in result["tasks"]}
+    rows = {
+        name: paper.get(f"{t.dataset} {MODALITIES[t.query]}>{MODALITIES[t.candidate]}") for name, t in tasks.items()
+    }
+    theirs = [row for row in rows.values() if row is not None]
+    columns = columns if theirs else []
     header = [f"{scope} pool", "hit", "ours", *(name.replace("_", " ") for name in columns)]
-    lines, theirs = [], []
+    lines = []
     for name, of in result["tasks"].items():
-        task = parse_task(name)
-        row = paper.get(f"{task.dataset} {MODALITIES[task.query]}>{MODALITIES[task.candidate]}")
-        theirs += [] if row is None else [row]
+        task, row = tasks[name], rows[name]
         shown = [_MISSING] * len(columns) if row is None else [f"{value:.2f}" for value in row]
         label = f"{task.dataset} {task.direction}"
         lines.append([label, of[scope]["paper_metric"].removeprefix("hit"), f"{100 * _figure(of, scope):.2f}", *shown])
@@ -44,7 +48,7 @@ def mbeir_table(result: dict, scope: str, *, markdown: bool = False) -> str:
     label = f"average of {len(lines)}"
     lines.append([label, "", f"{100 * result['average'][scope]:.2f}", *means])
     table = _markdown(header, lines) if markdown else _terminal(header, lines)
-    return "\n".join([table, *([""] if markdown else []), _footer(result, scope)])
+    return "\n".join([table, *([""] if markdown else []), _footer(result, scope, bool(theirs))])
 
 
 def _figure(task: dict, scope: str) -> float:
@@ -65,8 +69,9 @@ def _terminal(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join("  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, shown, strict=True))
 
 
-def _footer(result: dict, scope: str) -> str:
-    notes = ["In %, the share of queries with a positive among the first k; the other columns are the paper's."]
+def _footer(result: dict, scope: str, beside_paper: bool) -> str:
+    notes = ["In %, the share of queries with a positive among the first k"]
+    notes[0] += "; the other columns are the paper's." if beside_paper else "."
     if result["limit"] is not None:
         notes.append(
             f"A smoke run: the first {result['limit']} queries of each task over as many candidates and the positives. "
