@@ -22,7 +22,7 @@ def main():
     except Exception as error:
         from retrieval.failures import failing_together, stop
 
-        if isinstance(error, (ValueError, OSError, ModuleNotFoundError)):
+        if isinstance(error, (ValueError, OSError, ModuleNotFoundError, FloatingPointError)):
             stop(error)
         with failing_together():
             raise

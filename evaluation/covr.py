@@ -151,7 +151,7 @@ def evaluate_covr(
     *,
     frames_folder: str | Path | None = None,
     squash: int | None = None,
-    skip_missing: bool = False,
+    skip_unreadable: bool = False,
     show_progress: bool = False,
 ) -> dict | None:
     """
@@ -160,14 +160,14 @@ def evaluate_covr(
     Args:
         triplets: as `read_triplets` returns them.
         source: where their videos are.
-        embed: `(name, rows)` → the store of the rows; `Session.embed`, with its `skip_unreadable` if `skip_missing`.
+        embed: `(name, rows)` → the store of the rows; `Session.embed`, with the same `skip_unreadable`.
         out: folder of the run.
         frames_folder: where the frames of `Videos` are written, by default `out/frames`; as `Frames(frames_folder)` it
             serves further models.
         squash: resize frames to a square of that side, bicubic, before the processor sees them, as the official
             transform does; the processor's own resizing then finds nothing to do if that is its size.
-        skip_missing: leave out rows whose query or target is not there or can't be read. The recall is then that of the
-            other rows in the gallery of their targets.
+        skip_unreadable: leave out rows whose query or target is not there or can't be read. The recall is then that of
+            the other rows in the gallery of their targets.
 
     Returns:
         On process 0, None on the others:
@@ -183,8 +183,8 @@ def evaluate_covr(
         - `source`: where the frames are from, and the side they were squashed to.
 
     Raises:
-        ValueError: a video that is not there, without `skip_missing`; none that is.
-        ImageError, VideoError: (ValueErrors) one that can't be read, without `skip_missing`.
+        ValueError: a video that is not there, without `skip_unreadable`; none that is.
+        ImageError, VideoError: (ValueErrors) one that can't be read, without `skip_unreadable`.
     """
     out, unusable = Path(out), {}
     frames_folder = out / "frames" if frames_folder is None else frames_folder
@@ -192,14 +192,14 @@ def evaluate_covr(
         for role, video in _videos(triplet):
             if (why := source.missing(role, video)) is not None:
                 unusable[role, video] = why
-    usable = _usable(triplets, unusable, skip_missing)
+    usable = _usable(triplets, unusable, skip_unreadable)
     frames = source
     if isinstance(source, Videos) or squash is not None:
         wanted = dict.fromkeys(video for triplet in usable for video in _videos(triplet))
         unusable |= extract_frames(
-            source, wanted, frames_folder, squash=squash, skip_unreadable=skip_missing, show_progress=show_progress
+            source, wanted, frames_folder, squash=squash, skip_unreadable=skip_unreadable, show_progress=show_progress
         )
-        usable, frames = _usable(triplets, unusable, skip_missing), Frames(frames_folder)
+        usable, frames = _usable(triplets, unusable, skip_unreadable), Frames(frames_folder)
 
     files = {triplet.target: frames.files("targets", triplet.target) for triplet in usable}
     frame_rows = [
@@ -219,7 +219,7 @@ def evaluate_covr(
     for triplet in usable:
         if (why := queries.skipped.get(f"line {triplet.line}")) is not None:
             unusable["queries", triplet.query] = why
-    usable = _usable(triplets, unusable, skip_missing)
+    usable = _usable(triplets, unusable, skip_unreadable)
     result = _score(usable, queries, targets, rows_of, out)
     found = {role: {video for triplet in triplets for of, video in _videos(triplet) if of == role} for role in ROLES}
     coverage = {
@@ -240,13 +240,13 @@ def _videos(triplet):
     return zip(ROLES, (triplet.query, triplet.target))
 
 
-def _usable(triplets, unusable: Mapping, skip_missing) -> list[Triplet]:
+def _usable(triplets, unusable: Mapping, skip_unreadable) -> list[Triplet]:
     usable = [triplet for triplet in triplets if not any(video in unusable for video in _videos(triplet))]
-    if unusable and (not skip_missing or not usable):
+    if unusable and (not skip_unreadable or not usable):
         lost = len(triplets) - len(usable)
         raise ValueError(
             f"{lost} of {len(triplets)} rows lack a video; the first one: {next(iter(unusable.values()))}. "
-            "Get them, or leave out such rows by skip_missing (--skip-missing), and their targets from the gallery"
+            "Get them, or leave out such rows by --skip-unreadable, and their targets from the gallery"
         )
     return usable
 

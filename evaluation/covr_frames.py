@@ -177,7 +177,10 @@ def _claim(folder, made, processes):
 
 def _read_made(folder):
     path = folder / _MADE
-    return json.loads(path.read_text()) if path.is_file() else None
+    try:
+        return json.loads(path.read_text()) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete {folder}, and cut the frames out again") from error
 
 
 def _write(images_of, role, video, folder, squash):

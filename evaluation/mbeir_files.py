@@ -15,6 +15,7 @@ from pathlib import Path
 
 from evaluation.mbeir_rows import Entry
 from evaluation.mbeir_tasks import MBEIRTask, parse_modality
+from retrieval.source_files import text_lines
 
 _QUERY = ("qid", "query_modality", "query_txt", "query_img_path")
 _CANDIDATE = ("did", "modality", "txt", "img_path")
@@ -54,19 +55,18 @@ class OriginalFiles:
         """Place, qid and did of each line that says relevant.
 
         Raises:
-            ValueError: a line of another form; with file and line.
+            ValueError: a line of another form, text that is not UTF-8; with file and line.
         """
         path = self._qrels(task)
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                fields = line.split()
-                if not fields:
-                    continue
-                place = f"{path}, line {number}"
-                if len(fields) != 5 or not fields[3].lstrip("-").isdecimal():
-                    raise ValueError(f"{place}: {line.strip()!r} is not `qid 0 did relevance task_id`")
-                if int(fields[3]) > 0:
-                    yield place, fields[0], fields[2]
+        for number, line in enumerate(text_lines(path), start=1):
+            fields = line.split()
+            if not fields:
+                continue
+            place = f"{path}, line {number}"
+            if len(fields) != 5 or not fields[3].lstrip("-").isdecimal():
+                raise ValueError(f"{place}: {line.strip()!r} is not `qid 0 did relevance task_id`")
+            if int(fields[3]) > 0:
+                yield place, fields[0], fields[2]
 
     def prompts(self, task: MBEIRTask) -> list[str]:
         return read_prompts(self.root / "instructions" / "query_instructions.tsv", task)
@@ -94,14 +94,15 @@ class JsonlTable:
 
     def __init__(self, path: Path, root: Path, columns: tuple[str, str, str, str]):
         self.path, self.root, self.columns = path, root, columns
+        self.name = str(path)
         self._prefix = f"{root}{os.sep}"
 
     def __iter__(self):
-        start, name = 0, str(self.path)
+        start = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    place = f"{name}, line {number}"
+                    place = f"{self.name}, line {number}"
                     yield start, place, self._checked(line, place)
                 start += len(line)
 
@@ -119,7 +120,7 @@ class JsonlTable:
     def _checked(self, line, place):
         try:
             values = json.loads(line)
-        except ValueError as error:  # of the encoding too
+        except (ValueError, RecursionError) as error:  # of the encoding, and of brackets in brackets too
             raise ValueError(f"{place}: not valid JSON ({error}); is the file cut off?") from error
         if not isinstance(values, dict):
             raise ValueError(f"{place}: expected an object, got {type(values).__name__}")
@@ -151,16 +152,14 @@ def read_prompts(path: Path, task: MBEIRTask) -> list[str]:
     """A task's prompts.
 
     Raises:
-        ValueError: the file has none for the task.
+        ValueError: the file has none for the task, or is not UTF-8.
     """
-    with path.open(encoding="utf-8") as file:
-        next(file, None)  # the header
-        for line in file:
-            query, candidate, _, dataset_id, *prompts = [*line.rstrip("\r\n").split("\t"), "", "", "", ""]
-            found = [prompt.strip() for prompt in prompts if prompt.strip()]
-            key = (dataset_id, _modality(query), _modality(candidate))
-            if found and key == (task.dataset_id, task.query, task.candidate):
-                return found
+    for line in text_lines(path):
+        query, candidate, _, dataset_id, *prompts = [*line.rstrip("\r\n").split("\t"), "", "", "", ""]
+        found = [prompt.strip() for prompt in prompts if prompt.strip()]
+        key = (dataset_id, _modality(query), _modality(candidate))
+        if found and key == (task.dataset_id, task.query, task.candidate):
+            return found
     raise ValueError(f"{path} has no instruction for {task.name} ({task.query} to {task.candidate})")
 
 

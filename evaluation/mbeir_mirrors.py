@@ -18,7 +18,7 @@ from evaluation.mbeir_files import read_prompts
 from evaluation.mbeir_rows import Entry
 from evaluation.mbeir_tasks import MBEIRTask, parse_modality
 from retrieval.source_arguments import SourceArguments
-from retrieval.source_tables import read_hub, read_parquet
+from retrieval.source_tables import TEXT, check_parts, read_hub, read_parquet
 
 _SPLITS = {"query": "test", "corpus": "corpus", "qrels": "test"}
 _ROWS_READ_AT_ONCE = 1000
@@ -60,15 +60,18 @@ class Mirrors:
         """Place, query id and candidate id of each row with a score above 0.
 
         Raises:
-            ValueError: a column that is not there.
+            ValueError: a column that is not there, a score that is no number.
         """
         table, name = self._open(task, "qrels")
         columns = ["query-id", "corpus-id", "score"]
         _check_columns(table, name, columns)
         values = table.select_columns(columns)[:]
         for number, (query, candidate, score) in enumerate(zip(*(values[column] for column in columns), strict=True)):
+            place = f"{name}, row {number}"
+            if not isinstance(score, (int, float)):
+                raise ValueError(f"{place}: the score must be a number, got {score!r}")
             if score > 0:
-                yield f"{name}, row {number}", str(query), str(candidate)
+                yield place, str(query), str(candidate)
 
     def prompts(self, task: MBEIRTask) -> list[str]:
         """From `instructions/query_instructions.tsv`: of the folder, or of `TIGER-Lab/M-BEIR`."""
@@ -79,7 +82,9 @@ class Mirrors:
 
     def _files(self, task, part):
         folder = self.root / f"mbeir_{task.name}"
-        return sorted(folder.glob(f"{part}-*.parquet")) or sorted((folder / part).glob("*.parquet"))
+        files = sorted(folder.glob(f"{part}-*.parquet")) or sorted((folder / part).glob("*.parquet"))
+        check_parts(files)
+        return files
 
     def _needed(self, task, part):
         if self.root is None:
@@ -101,10 +106,11 @@ class Mirrors:
 class ParquetTable:
     """A `mbeir_rows.Table` over a data set; the key of an entry is its row's number.
 
-    Iteration raises ValueError, with the row, for an empty id or an unknown modality.
+    Iteration raises ValueError, with the row, for an empty id, an unknown modality, and an image that is a path: which
+    file it means, and whether one may be read at all, nobody knows.
 
     Raises:
-        ValueError: a column that is not there.
+        ValueError: a column that is not there, texts that are none.
     """
 
     def __init__(self, table: datasets.Dataset, name: str):
@@ -112,6 +118,8 @@ class ParquetTable:
         self.name = name
         self.texts = table.select_columns([column for column in ("id", "modality", "text") if column in table.features])
         self.images = None
+        if table.features.get("text", TEXT[0]) not in (*TEXT, datasets.Value("null")):
+            raise ValueError(f"{name}: the column text holds {table.features['text']}, not strings")
         if "image" in table.features:
             self.images = table.select_columns(["image"]).cast_column("image", datasets.Image(decode=False))
 
@@ -121,27 +129,29 @@ class ParquetTable:
             several = slice(start, start + _ROWS_READ_AT_ONCE)
             texts = self.texts[several]
             count = len(texts["id"])
-            there = [False] * count
-            if images is not None:  # by the table's marks of null, without the bytes themselves
-                contents = pyarrow.compute.struct_field(images[several]["image"], "bytes")
-                there = pyarrow.compute.is_valid(contents).to_pylist()
-            values = zip(texts["id"], texts["modality"], texts.get("text", [None] * count), there, strict=True)
-            for number, (name, modality, text, has_image) in enumerate(values, start=start):
+            sizes = paths = [None] * count
+            if images is not None:  # the bytes themselves stay unread
+                column = images[several]["image"]
+                sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(column, "bytes")).to_pylist()
+                paths = pyarrow.compute.struct_field(column, "path").to_pylist()
+            values = zip(texts["id"], texts["modality"], texts.get("text", [None] * count), sizes, paths, strict=True)
+            for number, (name, modality, text, size, path) in enumerate(values, start=start):
                 place = f"{self.name}, row {number}"
+                if not size and path:
+                    raise ValueError(f"{place}: the image {path} is not inside the table: it holds its path alone")
                 if not isinstance(name, str) or not name:
                     raise ValueError(f"{place}: id must be a str that is not empty, got {name!r}")
                 try:
                     modality = parse_modality(modality)
                 except ValueError as error:
                     raise ValueError(f"{place}: {error}") from error
-                yield number, place, Entry(name, modality, text, has_image or None)
+                yield number, place, Entry(name, modality, text, True if size else None)
 
     def __getitem__(self, key):
         values = self.texts[key]
         image = None if self.images is None else self.images[key]["image"]
-        if image is not None and image["bytes"] is None:
-            image = None
-        return Entry(values["id"], parse_modality(values["modality"]), values.get("text"), image)
+        has_image = image is not None and image["bytes"]
+        return Entry(values["id"], parse_modality(values["modality"]), values.get("text"), image if has_image else None)
 
     def missing_image(self, entry):
         return None

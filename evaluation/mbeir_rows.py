@@ -25,7 +25,10 @@ class Entry(NamedTuple):
 
 class Table(Protocol):
     """A file of queries or candidates. Iteration checks what it reads and gives `(key, place, entry)`, the place for
-    errors; its `entry.image` may be a mere mark that there is one. `table[key]` is the whole entry."""
+    errors; its `entry.image` may be a mere mark that there is one. `table[key]` is the whole entry; `name` is that of
+    the file."""
+
+    name: str
 
     def __iter__(self) -> Iterator[tuple[int, str, Entry]]: ...
 
@@ -90,7 +93,7 @@ def scan(table: Table, keep: Callable[[int, str], bool], prompts: Sequence[str] 
         keep: whether to keep the entry of this number and id.
 
     Raises:
-        ValueError: an entry whose only modality has no content, an id twice; with file and line.
+        ValueError: an entry whose only modality has no content, an id twice, with file and line; a file of no entries.
     """
     keys, hashes = array("q"), array("q")
     found = Scan(Rows(table, np.empty(0, np.int64), prompts), np.empty(0, np.int64))
@@ -110,6 +113,8 @@ def scan(table: Table, keep: Callable[[int, str], bool], prompts: Sequence[str] 
             file = table.missing_image(entry)
             if file is not None:
                 found.missing.append(file)
+    if not hashes:
+        raise ValueError(f"{table.name} has no rows; is the file cut off?")
     found.hashes = np.array(hashes, dtype=np.int64)
     if len(np.unique(found.hashes)) < len(found.hashes):
         _refuse_repeated(table)

@@ -139,6 +139,8 @@ def read_subset(root: Path, name: str, *, qrels_root: Path | None = None, check_
             an id twice; an item with neither text nor image; an image path outside its folder; qrels of an unknown
             query or document; a query without its one relevant document, or with several.
     """
+    if Path(name).name != name:
+        raise DataError(f"{name!r} is no subset: name a folder in {root}")
     folder = root / name
     queries = _read_items(folder, "queries", "query_id", root)
     corpus = _read_items(folder, "mixed_corpus", "corpus_id", root)

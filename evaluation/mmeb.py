@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.mmeb_data import read_set, set_files
+from evaluation.mmeb_data import checked_files, read_set
 from evaluation.mmeb_sets import CATEGORIES, CATEGORY_OF, PAPER_DIRECTIONS
 from evaluation.scoring import write_records
 from retrieval.processes import Processes
@@ -55,11 +55,11 @@ def evaluate_mmeb(
         - `skipped`: store → `{id: why}` of rows without embedding, where there are any.
 
     Raises:
-        ValueError: as `read_set` and `retrieval.embed.embed_rows`; the set is named. What files are missing is said
-            before anything is embedded.
+        ValueError: as `read_set` and `retrieval.embed.embed_rows`; the set is named. What files are missing or
+            cut off is said before anything is embedded.
     """
     for name in sets:
-        set_files(Path(root), name)
+        checked_files(Path(root), name, version)
     options = {"version": version, "image_root": image_root, "instructions": instructions, "limit": limit}
     is_main = Processes().rank == 0
     results, skipped = {}, {}

@@ -15,7 +15,6 @@ its branch v1):
 """
 
 import posixpath
-import re
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -30,6 +29,7 @@ import pyarrow.parquet
 
 from evaluation.mmeb_sets import TEXT_CANDIDATES, TEXT_TO_IMAGE
 from retrieval.source_checks import DataError
+from retrieval.source_tables import check_parts
 
 HUB_IDS = {1: "TIGER-Lab/MMEB-eval", 2: "ziyjiang/MMEB_Test_Instruct"}
 IMAGE_TOKEN = "<|image_1|>"
@@ -237,36 +237,45 @@ def _refuse_outside(path, place):
 
 def _table_rows(root: Path, name: str, version: int) -> Iterator[tuple[str, dict]]:
     """The rows of a set, each with its place for messages; read little by little, as texts may be many."""
-    columns = _COLUMNS
-    if version == 2:
-        columns = ("qry_inst", *_COLUMNS[:3])
-        columns += () if name in TEXT_CANDIDATES else ("tgt_inst", "tgt_img_path")
-    for path in set_files(root, name):
+    for path in checked_files(root, name, version):
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
-                _check_columns(path, file.schema_arrow.names, columns, version)
                 number = 0
-                for batch in file.iter_batches(batch_size=32, columns=list(columns)):
+                for batch in file.iter_batches(batch_size=32, columns=_columns(name, version)):
                     for row in batch.to_pylist():
                         yield f"{path}, row {number}", row
                         number += 1
         except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{path}: not a readable parquet file ({error}); is it cut off?") from error
+            raise _unreadable(path, error) from error
 
 
-def set_files(root: Path, name: str) -> list[Path]:
-    """The parquet files of a set.
+def checked_files(root: Path, name: str, version: int) -> list[Path]:
+    """The parquet files of a set, of which the ends alone are read.
 
     Raises:
-        DataError: there are none, or not all.
+        DataError: there are none, or not all; one is cut off, or has not the columns of that version.
     """
     parts = sorted((root / name).glob("test-*.parquet"))
     if not parts:
         raise DataError(f"{root} has no set {name}: {name}/test-*.parquet is missing")
-    total = re.search(r"-of-(\d+)$", parts[0].stem)
-    if total and int(total[1]) != len(parts):
-        raise DataError(f"{root / name} holds {len(parts)} of {int(total[1])} files test-*.parquet: fetch the rest")
+    check_parts(parts)
+    for path in parts:
+        try:
+            names = pyarrow.parquet.read_schema(path).names
+        except (pyarrow.ArrowException, OSError) as error:
+            raise _unreadable(path, error) from error
+        _check_columns(path, names, _columns(name, version), version)
     return parts
+
+
+def _columns(name, version):
+    if version == 1:
+        return list(_COLUMNS)
+    return ["qry_inst", *_COLUMNS[:3], *(() if name in TEXT_CANDIDATES else ("tgt_inst", "tgt_img_path"))]
+
+
+def _unreadable(path, error):
+    return DataError(f"{path}: not a readable parquet file ({error}); is it cut off?")
 
 
 def _check_columns(path, names, columns, version):

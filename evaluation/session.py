@@ -98,8 +98,8 @@ class Session:
             self.model.modality_means.copy_(self.processes.gather(self.model.modality_means.cpu())[0])
         if not self.model.modality_means.any():
             raise ValueError(
-                f"{name} has no modality means for centring: name calibration pairs with centre_on, or store their "
-                "means by `gcl convert centring`"
+                f"{name} has no modality means for centring: name calibration pairs with centre_on (--centre-on), or "
+                "store their means by `gcl convert centring`"
             )
         self.model.config.centring = True
 

@@ -47,8 +47,8 @@ def parse_row(value, index):
 
     Raises:
         ValueError: a row with nothing to embed (an instruction alone is none), with both image and video, with an empty
-            list, with a text or instruction that is not a `str` or a video of another type, or with a key that looks
-            like one of these and would be ignored.
+            list, with a text or instruction that is not a `str` or holds half a surrogate pair, with a video of another
+            type, or with a key that looks like one of these and would be ignored.
     """
     if isinstance(value, str):
         value = {"text": value}
@@ -90,6 +90,10 @@ def _text(value, key, index):
     text = value.get(key)
     if text is not None and not isinstance(text, str):
         raise ValueError(f"row {index}: {key} must be a str, got {type(text).__name__}")
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:  # a cut `\\ud83d\\ude00` of JSON leaves it; tokenizers stop at it
+        raise ValueError(f"row {index}: {key} holds {text[error.start]!r}, half a character; correct it") from error
     return text if text and text.strip() else None
 
 

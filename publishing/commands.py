@@ -104,7 +104,7 @@ def mbeir(
     dataset_id: Annotated[int, typer.Option(help="Its number in all ids; M-BEIR's own have 0 to 9.")],
     composed: Annotated[
         Path | None,
-        typer.Option(help='.jsonl of {"ref": id, "text": "…", "targets": [ids]}: image + text queries for the images.'),
+        typer.Option(help='.jsonl of {"ref": id, "text": "…", "targets": \\[ids]}: image + text queries for images.'),
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
 ):

@@ -21,6 +21,7 @@ from pathlib import Path
 from PIL import Image
 
 from evaluation.embeddings import caption_roles
+from modeling_gcl import ImageError, load_image
 from retrieval.source_checks import DataError
 from retrieval.source_files import jsonl_rows
 
@@ -152,11 +153,12 @@ class _DataSet:
 
     def add_image(self, pair_id, image) -> str:
         """Its path relative to the root."""
-        content = image["bytes"] or Path(image["path"]).read_bytes()
         try:
-            suffix = Image.open(BytesIO(content)).format.lower().replace("jpeg", "jpg")
-        except OSError as error:
-            raise DataError(f"the image of {pair_id!r} can't be read: {error}") from error
+            load_image(image)  # to its end
+        except ImageError as error:
+            raise DataError(f"pair {pair_id!r}: {error}") from error
+        content = image["bytes"] or Path(image["path"]).read_bytes()
+        suffix = Image.open(BytesIO(content)).format.lower().replace("jpeg", "jpg")
         path = f"mbeir_images/{self.name}_images/{len(self.images):06}.{suffix}"
         self.images[pair_id] = path
         file = Path(self.staging.name) / path
@@ -169,7 +171,7 @@ class _DataSet:
             raise DataError(f"{self.root} has a data set {self.name} already: choose another root or name")
         for path in sorted(self.root.glob("cand_pool/local/*.jsonl")):
             place, first = next(jsonl_rows(path), (None, {}))
-            if str(first.get("did")).split(":")[0] == str(self.dataset_id):
+            if isinstance(first, dict) and str(first.get("did")).split(":")[0] == str(self.dataset_id):
                 raise DataError(f"{place} has the dataset_id {self.dataset_id} already: choose another number")
 
     def _write(self, folder):

@@ -37,8 +37,10 @@ def embed(
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
 ):
-    """Embed rows into a folder that gcl search reads. Equal contents are embedded once. Under accelerate launch or
-    torchrun the processes share the rows."""
+    """Embed rows into a folder that gcl search reads.
+
+    Equal contents are embedded once. Under accelerate launch or torchrun the processes share the rows.
+    """
     import os
 
     import torch

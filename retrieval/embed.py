@@ -30,7 +30,7 @@ from .fingerprint import content_hash, describe_model, model_fingerprint, same_m
 from .processes import Processes
 from .progress import Progress
 from .quantised import forget
-from .store import FORMAT, Store, read_manifest, shard_paths, write_json, write_whole
+from .store import FORMAT, Store, read_array, read_manifest, shard_paths, write_json, write_whole
 
 logger = logging.get_logger(__name__)
 
@@ -145,6 +145,8 @@ def _refuse_others(folder, manifest):
         if any(folder.glob("vectors-*")):
             raise ValueError(f"{folder} holds embeddings without a manifest.json: choose another folder, or empty it")
         return
+    if not known["complete"] and not any(folder.glob("vectors-*.npy")):
+        return  # an earlier call failed before it had embedded anything
     remedy = "Choose another folder, or delete this one"
     if not same_model(known["model"], manifest["model"]):
         raise ValueError(
@@ -331,7 +333,7 @@ def _finish(folder, manifest, paths, ids, unreadable, first, vector_of):
         lost = contents[[int(place) for place in skipped]]
         kept = np.setdiff1d(contents, lost)
         number_of[kept] = sum(counts) + np.arange(len(kept))
-        vectors = np.load(path, mmap_mode="r")
+        vectors = read_array(path, mmap_mode="r")
         if len(vectors) != len(kept):
             raise ValueError(f"{path} has {len(vectors)} vectors, but {len(kept)} rows: delete it and embed again")
         counts.append(len(kept))

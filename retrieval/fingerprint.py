@@ -61,7 +61,7 @@ def content_hash(row: Row) -> bytes:
         ImageError, VideoError: a file cannot be read.
     """
     digest = hashlib.blake2b(digest_size=_SIZE)
-    parts = [b"" if row.text is None else b"t" + row.text.encode("utf-8", "surrogatepass")]
+    parts = [b"" if row.text is None else b"t" + row.text.encode()]
     parts += [b"i" + _hash_image(image) for image in row.images]
     if isinstance(row.video, list):
         parts += [b"f" + _hash_image(image) for image in row.video]

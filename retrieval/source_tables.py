@@ -5,6 +5,7 @@ Only the text columns pass through Python. The images stay memory-mapped, so a t
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -42,6 +43,19 @@ def read_parquet(path: Path) -> datasets.Dataset:
         return datasets.Dataset.from_parquet(str(path))
     except (pyarrow.ArrowInvalid, OSError, datasets.exceptions.DatasetGenerationError) as error:
         raise DataError(f"{path}: not a readable parquet file ({error}); is it cut off?") from error
+
+
+def check_parts(files: Sequence[Path]) -> None:
+    """See that files named as the Hub names the parts of one table, `…-00000-of-00003.parquet`, are all there.
+
+    Raises:
+        DataError: some are missing.
+    """
+    total = re.search(r"-of-(\d+)$", files[0].stem) if files else None
+    if total and int(total[1]) != len(files):
+        raise DataError(
+            f"{files[0].parent} holds {len(files)} of the {int(total[1])} files such as {files[0].name}: fetch the rest"
+        )
 
 
 def read_hub(source: SourceArguments) -> tuple[datasets.Dataset, str | None]:

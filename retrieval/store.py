@@ -33,7 +33,7 @@ class Store:
 
     Raises:
         FileNotFoundError: the folder holds no store.
-        ValueError: the store is not complete, or of another version.
+        ValueError: the store is not complete, damaged, or of another version.
     """
 
     def __init__(self, folder: str | Path):
@@ -43,7 +43,7 @@ class Store:
             raise FileNotFoundError(f"{self.folder} holds no embeddings: there is no manifest.json")
         if not self.manifest["complete"]:
             raise ValueError(f"the embeddings in {self.folder} are not complete: embed the same rows again to finish")
-        self.rows = np.load(self.folder / "rows.npy")
+        self.rows = read_array(self.folder / "rows.npy")
         self.vectors = Vectors(shard_paths(self.folder, len(self.manifest["shards"])), self.manifest["dim"])
 
     def __len__(self):
@@ -52,7 +52,7 @@ class Store:
     @cached_property
     def ids(self) -> list[str]:
         """Of all rows, in their order."""
-        return json.loads((self.folder / "ids.json").read_text(encoding="utf-8"))
+        return _read_json(self.folder / "ids.json")
 
     @cached_property
     def id_ranks(self) -> np.ndarray:
@@ -64,7 +64,7 @@ class Store:
     @cached_property
     def skipped(self) -> dict[str, str]:
         """Id → why, of the rows without a vector."""
-        return json.loads((self.folder / "skipped.json").read_text(encoding="utf-8"))
+        return _read_json(self.folder / "skipped.json")
 
     def embeddings(self, indices=None) -> np.ndarray:
         """(n, D) float32 embeddings of rows by their number; of all by default.
@@ -107,7 +107,7 @@ class Vectors:
     def __init__(self, paths: list[Path], dim: int):
         self.paths = paths
         # of the header alone
-        self.ends = np.cumsum([np.load(path, mmap_mode="r").shape[0] for path in paths], dtype=np.int64)
+        self.ends = np.cumsum([read_array(path, mmap_mode="r").shape[0] for path in paths], dtype=np.int64)
         self.shape = (int(self.ends[-1]) if paths else 0, dim)
 
     def __len__(self):
@@ -124,7 +124,7 @@ class Vectors:
         shards = np.searchsorted(self.ends, index, side="right")
         for shard in np.unique(shards):
             here = shards == shard
-            file = np.load(self.paths[shard], mmap_mode="r")
+            file = read_array(self.paths[shard], mmap_mode="r")
             places = index[here] - (self.ends[shard] - len(file))
             first = int(places[0])
             whole = places[-1] - first + 1 == len(places) and (np.diff(places) == 1).all()
@@ -140,15 +140,42 @@ def read_manifest(folder: Path) -> dict | None:
     """The manifest of a store, or None without one.
 
     Raises:
-        ValueError: it is of another version of this library.
+        ValueError: it is cut off, of another version of this library or of something else.
     """
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = _read_json(folder / "manifest.json")
     except FileNotFoundError:
         return None
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise ValueError(f"{folder}: its manifest.json is not one of embeddings; choose another folder")
     if manifest["format"] != FORMAT:
         raise ValueError(f"{folder} is of format {manifest['format']}, this version reads {FORMAT}: embed anew")
     return manifest
+
+
+def read_array(path: Path, **options) -> np.ndarray:
+    """`np.load`, which says nothing of the file.
+
+    Raises:
+        ValueError: the file is cut off, as a copy may be, or is no .npy.
+    """
+    try:
+        return np.load(path, **options)
+    except (ValueError, EOFError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{path} is damaged ({error}): copy the embeddings again, or delete their folder and embed the same rows again"
+    )
 
 
 def write_whole(path: Path, write: Callable) -> None:

@@ -10,6 +10,7 @@ from training_runs import write_parquet
 from transformers import AutoModel
 
 import gcl
+from evaluation.commands.options import sessions
 from evaluation.embeddings import PairEmbeddings
 from modeling_gcl import GCLModel
 from retrieval.source_arguments import SourceArguments
@@ -124,8 +125,22 @@ def test_summary_of_seeds(model_folder, tmp_path, monkeypatch, capsys):
     [
         (["evaluate", "pairs", "model", "nowhere/at/all"], "nowhere/at/all"),
         (["convert", "towers", "out", "--image-size", "50"], "multiple of 32"),
+        (["evaluate", "mmeb", "model", "--root", ".", "--out", "out", "--subsets", ", "], "', ' names nothing"),
+        (["evaluate", "mixbench", "model", "--root", ".", "--out", "out", "--subsets", "../x"], "'../x' is no subset"),
     ],
 )
 def test_errors_are_one_line(arguments, message, monkeypatch):
     code = run(monkeypatch, *arguments)
     assert code.startswith("error: ") and message in code
+
+
+def test_a_variant_is_measured_once():
+    with pytest.raises(ValueError, match="--variant is given twice: plain, plain"):
+        next(sessions("model", None, ["plain", "plain"]))
+
+
+def test_help_keeps_its_brackets(monkeypatch, capsys):
+    """Which typer reads as markup."""
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(monkeypatch, "convert", "mbeir", "--help") == 0
+    assert '"targets": [ids]}' in capsys.readouterr().out

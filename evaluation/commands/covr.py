@@ -13,6 +13,7 @@ from evaluation.commands.options import (
     Model,
     Out,
     Revision,
+    SkipUnreadable,
     TruncateDim,
     Variants,
     sessions,
@@ -33,15 +34,13 @@ def covr(
         int | None,
         typer.Option(min=1, help="Resize frames to a square of this side first, as the official transform does."),
     ] = None,
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out rows with a video that is missing or can't be read.")
-    ] = False,
     limit: Limit = None,
     batch_size: BatchSize = 64,
     variant: Variants = None,
     centre_on: CentreOn = None,
     truncate_dim: TruncateDim = None,
     revision: Revision = None,
+    skip_unreadable: SkipUnreadable = False,
 ):
     """WebVid-CoVR: a frame and a text that changes it, to a video; R@1, 5, 10, 50 beside the paper's."""
     from evaluation.covr import covr_table, evaluate_covr, read_triplets
@@ -52,7 +51,7 @@ def covr(
     triplets = read_triplets(csv, limit)
     source = Videos(videos) if videos is not None else Frames(frames)
     options = {"batch_size": batch_size, "centre_on": centre_on, "truncate_dim": truncate_dim, "revision": revision}
-    for session in sessions(model, out, variant, skip_unreadable=skip_missing, **options):
+    for session in sessions(model, out, variant, skip_unreadable=skip_unreadable, **options):
         result = evaluate_covr(
             triplets,
             source,
@@ -60,12 +59,12 @@ def covr(
             session.out,
             frames_folder=out / "frames",
             squash=squash,
-            skip_missing=skip_missing,
+            skip_unreadable=skip_unreadable,
             show_progress=True,
         )
         if result is None:  # process 0 has it
             continue
-        written = session.write("covr", {"csv": str(csv), "limit": limit, "skip_missing": skip_missing}, result)
+        written = session.write("covr", {"csv": str(csv), "limit": limit}, result)
         typer.echo(f"{session.settings['variant']}:\n{covr_table(result)}")
         if limit is not None:
             typer.echo(f"a smoke run on the first {limit} rows: the gallery is smaller, and recall higher")

@@ -17,6 +17,7 @@ from evaluation.commands.options import (
     SkipUnreadable,
     TruncateDim,
     Variants,
+    listed,
     sessions,
 )
 
@@ -62,8 +63,7 @@ def mbeir(
 
     scopes = [str(name) for name in Scope if not scope or name in scope]
     source = open_source(root, hub)
-    names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
-    chosen = choose_tasks(names, *source.present())
+    chosen = choose_tasks(None if tasks is None else listed(tasks), *source.present())
     benchmark = read_mbeir(source, chosen, scopes=scopes, limit=limit, instructions=instructions)
     options = {"batch_size": batch_size, "truncate_dim": truncate_dim, "centre_on": centre_on, "revision": revision}
     measured = {"scopes": scopes, "skip_unreadable": skip_unreadable, "limit": limit}

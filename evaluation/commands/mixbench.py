@@ -16,6 +16,7 @@ from evaluation.commands.options import (
     SkipUnreadable,
     TruncateDim,
     Variants,
+    listed,
     sessions,
 )
 
@@ -25,13 +26,13 @@ def mixbench(
     out: Out,
     root: Annotated[Path | None, typer.Option(help="Folder with a folder for each subset, as published.")] = None,
     hub: Annotated[
-        str | None, typer.Option(help="Or a data set of the Hub: mixed-modality-search/MixBench25 or MixBench2026.")
+        str | None,
+        typer.Option(help="Or mixed-modality-search/MixBench25 or MixBench2026; @COMMIT behind it pins it."),
     ] = None,
-    hub_revision: Annotated[str | None, typer.Option(help="Its branch, tag or commit.")] = None,
     qrels: Annotated[
         Path | None, typer.Option(help="Folder as ROOT that holds the qrels, which MixBench2026 lacks.")
     ] = None,
-    subset: Annotated[list[str] | None, typer.Option(help="Repeat it for several. Else all that are there.")] = None,
+    subsets: Annotated[str | None, typer.Option(help="Names with commas between. Default: all that are there.")] = None,
     variant: Variants = None,
     centre_on: CentreOn = None,
     revision: Revision = None,
@@ -45,13 +46,14 @@ def mixbench(
     from evaluation.mixbench_data import PUBLISHED, download_mixbench, find_subsets, read_subset
 
     if (root is None) == (hub is None):
-        raise ValueError("give --root or --hub, one of them")
-    hub_qrels = None
+        raise ValueError("give either --root or --hub")
+    names, hub_qrels = None if subsets is None else listed(subsets), None
     if hub is not None:
-        root, hub_qrels = download_mixbench(hub, subset or list(PUBLISHED), hub_revision)
-    names = subset or find_subsets(root)
+        hub, _, pinned = hub.partition("@")
+        root, hub_qrels = download_mixbench(hub, names or list(PUBLISHED), pinned or None)
+    names = names or find_subsets(root)
     qrels_root = qrels or hub_qrels
-    subsets = [read_subset(root, name, qrels_root=qrels_root, check_counts=limit is None) for name in names]
+    found = [read_subset(root, name, qrels_root=qrels_root, check_counts=limit is None) for name in names]
     data = {
         "root": None if hub else str(root),
         "hub": hub,
@@ -64,7 +66,7 @@ def mixbench(
     options = {"revision": revision, "batch_size": batch_size, "truncate_dim": truncate_dim}
     options |= {"centre_on": centre_on, "skip_unreadable": skip_unreadable}
     for session in sessions(model, out, variant, **options):
-        result = evaluate_mixbench(subsets, session.embed, session.out, limit=limit, device=str(session.device))
+        result = evaluate_mixbench(found, session.embed, session.out, limit=limit, device=str(session.device))
         if result is None:
             continue
         typer.echo(f"{session.settings['variant']}:")

@@ -16,6 +16,7 @@ from evaluation.commands.options import (
     SkipUnreadable,
     TruncateDim,
     Variants,
+    listed,
     sessions,
 )
 
@@ -49,7 +50,7 @@ def mmeb(
 
     if (root is None) == (hub is None):
         raise ValueError("give either --root or --hub")
-    sets = chosen_sets([name.strip() for name in subsets.split(",") if name.strip()])
+    sets = chosen_sets(listed(subsets))
     data = {"root": None if root is None else str(root), "hub": hub, "hub_commit": None}
     if hub is not None:
         hub, _, pinned = hub.partition("@")

@@ -31,12 +31,26 @@ SkipUnreadable = Annotated[
 Out = Annotated[Path, typer.Option(help="Folder for embeddings, runs and results.json; the same again goes on.")]
 
 
+def listed(names: str) -> list[str]:
+    """The names of an option that takes several with commas between, each once.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not found:
+        raise ValueError(f"{names!r} names nothing: give one or more, with commas between")
+    return found
+
+
 def sessions(model: str, out: Path | None, variants: list[str] | None, **options) -> Iterator:
     """A `Session` for each variant, one after the other; `centre_on` is used by those that centre. Of several, each
     has the folder OUT/VARIANT."""
     from evaluation.session import Session, parse_variant
 
     variants = variants or ["plain"]
+    if len(set(variants)) < len(variants):
+        raise ValueError(f"--variant is given twice: {', '.join(variants)}")
     centred = [parse_variant(variant)[1] for variant in variants]  # all are read before the first is measured
     centre_on = options.pop("centre_on", None)
     if centre_on is not None and not any(centred):

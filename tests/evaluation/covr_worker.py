@@ -104,7 +104,7 @@ def make_data(folder):
 
 
 def evaluate(data, out, *, model=None, source=None, limit=None, **options):
-    on_error = "skip" if options.get("skip_missing") else "raise"
+    on_error = "skip" if options.get("skip_unreadable") else "raise"
 
     def embed(name, rows):
         return embed_rows(model or NumberReader(), None, rows, out / "embeddings" / name, on_error=on_error)

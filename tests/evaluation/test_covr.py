@@ -126,20 +126,20 @@ def damaged(data, tmp_path):
 
 
 def test_videos_that_are_not_there_are_an_error(damaged, tmp_path):
-    with pytest.raises(ValueError, match=r"1 of 5 rows lack a video; .*2_b/5.mp4: no such file.*--skip-missing"):
+    with pytest.raises(ValueError, match=r"1 of 5 rows lack a video; .*2_b/5.mp4: no such file.*--skip-unreadable"):
         evaluate(damaged, tmp_path / "out")
     with pytest.raises(VideoError, match=r"1_a/2.mp4: not a readable video"):
         evaluate(damaged, tmp_path / "out", limit=2)
     assert not list((tmp_path / "out").rglob("*.partial")) and not (tmp_path / "out" / "embeddings").exists()
     shutil.rmtree(damaged / "videos" / "2_b")
     with pytest.raises(ValueError, match="5 of 5 rows lack a video"):
-        evaluate(damaged, tmp_path / "out", skip_missing=True)
+        evaluate(damaged, tmp_path / "out", skip_unreadable=True)
     with pytest.raises(FileNotFoundError, match="2_b: no such folder"):
         Videos(damaged / "videos" / "2_b")
 
 
 def test_rows_without_their_videos_are_left_out_by_request(damaged, tmp_path):
-    result = evaluate(damaged, tmp_path / "out", skip_missing=True)
+    result = evaluate(damaged, tmp_path / "out", skip_unreadable=True)
     assert ranks_of(tmp_path / "out", "mean") == [1, 2, 2] and result["gallery"] == 3
     assert result["coverage"] == {"rows": [3, 5], "queries": [3, 3], "targets": [3, 5]}
     first, last = result["left_out"]
@@ -153,7 +153,7 @@ def test_frames_that_can_not_be_read_are_met_when_embedded(evaluated, data, tmp_
     (tmp_path / "frames" / "queries" / "2_b" / "7" / "00.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="row '1_a/2, frame 7': .*07.png: not a readable image"):
         evaluate(data, tmp_path / "out", source=Frames(tmp_path / "frames"))
-    result = evaluate(data, tmp_path / "skip", source=Frames(tmp_path / "frames"), skip_missing=True)
+    result = evaluate(data, tmp_path / "skip", source=Frames(tmp_path / "frames"), skip_unreadable=True)
     assert ranks_of(tmp_path / "skip", "mean") == [1, 2, 2]
     assert result["coverage"] == {"rows": [3, 5], "queries": [2, 3], "targets": [4, 5]}
     assert [row["line"] for row in result["left_out"]] == [4, 10]
@@ -170,6 +170,9 @@ def test_extraction_goes_on_where_it_was_ended(data, tmp_path, monkeypatch):
     extract_frames(Videos(data / "videos"), wanted, tmp_path / "frames")
     assert decoded == ["4", "5"] and not partial.exists()
     assert len(Frames(tmp_path / "frames").files("targets", "2_b/5")) == 3
+    (tmp_path / "frames" / "frames.json").write_text('{"vid')
+    with pytest.raises(ValueError, match="frames.json is damaged .*delete .*frames, and cut"):
+        Frames(tmp_path / "frames")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()
     with pytest.raises(ValueError, match="holds something else than frames"):
@@ -322,10 +325,10 @@ def test_the_command_ranks_as_encode_does(clip_folder, data, tmp_path):
 
 def test_the_command_says_what_is_left_out(clip_folder, damaged, tmp_path):
     options = ["--csv", damaged / "covr.csv", "--out", tmp_path / "out"]
-    done = invoke(clip_folder, *options, "--videos", damaged / "videos", "--skip-missing", "--limit", 4)
+    done = invoke(clip_folder, *options, "--videos", damaged / "videos", "--skip-unreadable", "--limit", 4)
     assert done.exit_code == 0, done.output
     assert "rows: 3 of 4; without the others" in done.output and "smoke run on the first 4 rows" in done.output
     written = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert written["limit"] == 4 and written["skip_missing"] and written["result"]["left_out"][0]["line"] == 4
+    assert written["limit"] == 4 and written["skip_unreadable"] and written["result"]["left_out"][0]["line"] == 4
     for sources in ([], ["--videos", damaged, "--frames", damaged]):
         assert "give either --videos or --frames" in str(invoke(clip_folder, *options, *sources).exception)

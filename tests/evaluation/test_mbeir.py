@@ -5,6 +5,8 @@ import math
 import shutil
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from backbones import tiny_encoder, tiny_processor
 from mbeir_folders import PROMPTS, made_benchmark, planted_vector, write_mirrors, write_original
@@ -229,7 +231,7 @@ def test_a_text_with_nothing_left_has_no_embedding(root, tmp_path):
 def edit(path, old, new):
     text = path.read_text()
     assert old in text
-    path.write_text(text.replace(old, new, 1))
+    path.write_bytes(text.replace(old, new, 1).encode(errors="surrogateescape"))  # "\udce9" is a byte that is not UTF-8
 
 
 QUERIES, POOL, QRELS = (
@@ -237,6 +239,7 @@ QUERIES, POOL, QRELS = (
     "cand_pool/local/mbeir_cirr_task7_cand_pool.jsonl",
     "qrels/test/mbeir_cirr_task7_test_qrels.txt",
 )
+INSTRUCTIONS = "instructions/query_instructions.tsv"
 
 
 @pytest.mark.parametrize(
@@ -257,12 +260,28 @@ QUERIES, POOL, QRELS = (
         (QRELS, "8:1 ", "8:7 ", "line 1: there is no query '8:7'"),
         (QRELS, "8:11 1", "8:11 0", "1 queries have no positives in the qrels, e.g. '8:1'"),
         (QRELS, " 7\n", "\n", "line 1: '8:1 0 8:11 1' is not"),
+        (POOL, '{"did": "8:10"', "[" * 50_000, "line 1: not valid JSON .*recursion"),
+        (QRELS, "8:11", "8:\udce9", "line 1: not UTF-8"),
+        (INSTRUCTIONS, "pick", "\udce9", "line 3: not UTF-8"),
     ],
 )
 def test_bad_files_are_refused_with_their_line(root, file, old, new, message):
     edit(root / file, old, new)
     with pytest.raises(ValueError, match=message):
-        read_mbeir(open_source(root), choose_tasks(["cirr_task7"]), scopes=("local",))
+        read_mbeir(open_source(root), choose_tasks(["cirr_task7"]), scopes=("local",), instructions=True)
+
+
+def test_byte_order_marks_are_no_part_of_ids_and_empty_files_are_named(root):
+    for file in (QUERIES, POOL, QRELS, INSTRUCTIONS):
+        (root / file).write_bytes(b"\xef\xbb\xbf" + (root / file).read_bytes())
+    options = {"scopes": ("local",), "instructions": True}
+    assert read_mbeir(open_source(root), choose_tasks(["cirr_task7"]), **options).tasks[0].positives == {
+        "8:1": ["8:11"]
+    }
+    for file in (POOL, QUERIES):
+        (root / file).write_text("")
+        with pytest.raises(ValueError, match=f"{file} has no rows; is the file cut off"):
+            read_mbeir(open_source(root), choose_tasks(["cirr_task7"]), **options)
 
 
 def test_a_link_inside_the_root_may_lead_elsewhere(root, tmp_path):
@@ -300,6 +319,24 @@ def test_bad_mirrors_are_refused(tmp_path):
     source = open_source(write_mirrors(tmp_path, data))
     with pytest.raises(ValueError, match="row 1: '8:11' is of modality image, but its image is null"):
         read_mbeir(source, choose_tasks(["cirr_task7"]), scopes=("local",))
+    corpus, qrels = (tmp_path / "mbeir_cirr_task7" / f"{part}-00000-of-00001.parquet" for part in ("corpus", "qrels"))
+    paths = [{"bytes": content, "path": "/etc/hosts"} for content in (None, b"", None)]
+    for file, column, values, message in (
+        (corpus, "image", paths, "row 0: the image /etc/hosts is not inside the table"),
+        (corpus, "image", paths[1:2] * 3, "row 0: the image /etc/hosts is not inside the table"),
+        (corpus, "text", [1, 2, 3], "the column text holds .*int64.*, not strings"),
+        (qrels, "score", ["1"], "row 0: the score must be a number, got '1'"),
+        (qrels, "score", [None], "row 0: the score must be a number, got None"),
+    ):
+        whole = pq.read_table(file)
+        pq.write_table(whole.set_column(whole.column_names.index(column), column, pa.array(values)), file)
+        with pytest.raises(ValueError, match=message):
+            read_mbeir(source, choose_tasks(["cirr_task7"]), scopes=("local",))
+        pq.write_table(whole, file)
+    part = corpus.rename(corpus.with_name("corpus-00000-of-00002.parquet"))
+    with pytest.raises(ValueError, match=f"holds 1 of the 2 files such as {part.name}: fetch the rest"):
+        read_mbeir(source, choose_tasks(["cirr_task7"]), scopes=("local",))
+    part.rename(corpus)
     (tmp_path / "mbeir_cirr_task7" / "query-00000-of-00001.parquet").unlink()
     with pytest.raises(FileNotFoundError, match=r"1 files are not there: .*query-\*.parquet"):
         read_mbeir(source, choose_tasks(["cirr_task7"]), scopes=("local",))

@@ -339,15 +339,17 @@ def test_bad_files_are_named(root, root_2, embed, tmp_path):
     fails("limit of queries is 0", limit=0)
     fails("are in none of .*nowhere", image_root=tmp_path / "nowhere")
     (root / "VisDial" / "test-00001-of-00002.parquet").unlink()
-    fails("holds 1 of 2 files")
+    fails("holds 1 of the 2 files")
     path = root / "NIGHTS" / "test-00000-of-00001.parquet"
     pq.write_table(pq.read_table(path).drop_columns("tgt_text"), path)
     fails("has no column tgt_text, only qry_text", name="NIGHTS")
     path.write_bytes(path.read_bytes()[:-9])
     fails("NIGHTS/test-00000-of-00001.parquet: not a readable parquet file .*cut off", name="NIGHTS")
     # all files are looked for before anything is embedded
-    with pytest.raises(ValueError, match="holds 1 of 2"):
+    with pytest.raises(ValueError, match="holds 1 of the 2"):
         evaluate_mmeb(root, embed, tmp_path / "out", sets=["OK-VQA", "VisDial"])
+    with pytest.raises(ValueError, match="NIGHTS/test-00000-of-00001.parquet: not a readable"):
+        evaluate_mmeb(root, embed, tmp_path / "out", sets=["OK-VQA", "NIGHTS"])
     assert not (tmp_path / "out").exists()
 
 

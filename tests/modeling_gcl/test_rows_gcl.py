@@ -50,6 +50,7 @@ def test_the_instruction_goes_before_the_text(text, instruction, blank):
         ({"instruction": "Find a dog."}, "row 7 has an instruction and nothing it is for"),
         ({"instruction": "Find a dog.", "text": " "}, "row 7 has an instruction and nothing it is for"),
         ({"text": "a", "instruction": ["b"]}, "row 7: instruction must be a str, got list"),
+        ({"text": "a \ud83d"}, r"row 7: text holds '\\ud83d', half a character"),
         ({"image": b"x", "video": "x.mp4"}, "row 7 has both an image and a video"),
         ({"video": []}, "row 7: the list of frames is empty"),
         ({"image": b"x", "video": []}, "row 7 has both"),

@@ -175,9 +175,12 @@ def test_bad_queries_are_named_and_nothing_is_written(query, message, tmp_path):
 def test_bad_pairs_are_named(tmp_path):
     with pytest.raises(DataError, match="pair 'p1' has 3 captions, not 4 or more"):
         write_pairs(make_pairs([4, 3]), tmp_path, name="made", dataset_id=10)
-    broken = [{"id": "a", "image": {"bytes": b"no image", "path": None}, "captions": ["x"] * 4}]
-    with pytest.raises(DataError, match="the image of 'a' can't be read"):
-        write_pairs(broken, tmp_path, name="made", dataset_id=10)
+    cut = BytesIO()
+    Image.effect_noise((64, 64), 50).save(cut, "JPEG")
+    for content in (b"no image", cut.getvalue()[:-500]):
+        broken = [{"id": "a", "image": {"bytes": content, "path": None}, "captions": ["x"] * 4}]
+        with pytest.raises(DataError, match="pair 'a': image of bytes: not a readable image"):
+            write_pairs(broken, tmp_path, name="made", dataset_id=10)
     empty = write_queries(tmp_path / "queries.jsonl", [])
     with pytest.raises(DataError, match="queries.jsonl has no rows"):
         write_composed(make_pairs([1]), empty, tmp_path, name="made", dataset_id=10)

@@ -245,6 +245,23 @@ def test_broken_embeddings_are_refused(tmp_path):
     with pytest.raises(FloatingPointError, match="row 'b' holds NaN or infinite"):
         embed_rows(gcl, processor, [("i", random_image(0)), ("b", "a dog")], tmp_path)
     assert not list(tmp_path.glob("*.npy"))
+    mended = [("i", random_image(0)), ("b", "a red dog")]
+    assert len(embed_rows(*make_model(), mended, tmp_path, truncate_dim=8)) == 2  # nothing was embedded: all may change
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "ids.json", "rows.npy", "vectors-00000.npy"])
+def test_damaged_files_are_named(name, model, rows, tmp_path):
+    embed_rows(*model, rows, tmp_path)
+    path = tmp_path / name
+    whole = path.read_bytes()
+    for content in (whole[:-20], b"", b"version https://git-lfs.github.com/spec/v1"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is damaged .*delete their folder and embed the same rows again"):
+            store = Store(tmp_path)
+            assert store.ids and store.embeddings() is not None
+    (tmp_path / "manifest.json").write_text('{"name": "of another program"}')
+    with pytest.raises(ValueError, match="its manifest.json is not one of embeddings"):
+        embed_rows(*model, rows, tmp_path)
 
 
 def test_rows_are_read_lazily(model, tmp_path):

@@ -1,6 +1,7 @@
 """Rows of files and of captioned images; `gcl embed` and `gcl search` over them."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -126,6 +127,16 @@ def test_bad_input_is_a_message(folder, tmp_path, monkeypatch, capsys):
     assert "1 embeddings of 24 dimensions; 0 rows share another's, 1 skipped (why: " in capsys.readouterr().out
     missing = run(monkeypatch, "search", tmp_path / "out", tmp_path / "none", "--out", tmp_path / "run")
     assert "none holds no embeddings" in missing and not (tmp_path / "run").exists()
+
+
+def test_a_broken_model_is_a_message(folder, tmp_path, monkeypatch):
+    model = GCLModel.from_pretrained(folder / "model")
+    model.encoder.text_projection.weight.data[0, 0] = float("nan")
+    shutil.copytree(folder / "model", tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    rows = write(tmp_path / "rows.jsonl", [{"id": "a", "text": "a dog"}])
+    message = run(monkeypatch, "embed", tmp_path / "model", rows, tmp_path / "out")
+    assert message.startswith("error: the embedding of row 'a' holds NaN") and not list(tmp_path.rglob("*.npy"))
 
 
 @pytest.mark.parametrize("broken", [False, True])
