@@ -337,7 +337,7 @@ def covr_table(result: dict) -> str:
     ours = [name for name in WEIGHTINGS if result[name] is not None]
 
     def line(label, cells, paper):
-        return f"{label:<8}" + "".join(f"{cell:>10}" for cell in cells) + "  |" + "".join(f"{c:>12}" for c in paper)
+        return f"{label:<6}" + "".join(f"{cell:>9}" for cell in cells) + "  |" + "".join(f"{c:>12}" for c in paper)
 
     lines = [line("", ours, columns)]
     for k in KS:

@@ -1,7 +1,7 @@
 """M-BEIR's result as the paper's tables have it: rows in its order, its columns beside ours. Rates in percent."""
 
 from evaluation.mbeir_tasks import MODALITIES, MBEIRTask, parse_task
-from evaluation.paper import paper_table
+from evaluation.paper import paper_table, terminal_table
 
 _GLOBAL_K = 50
 _ROWS = 16
@@ -26,19 +26,17 @@ def mbeir_table(result: dict, scope: str, *, markdown: bool = False) -> str:
         result: of `evaluation.mbeir.evaluate_mbeir`.
         markdown: for a file, else for a terminal.
 
-    The paper's columns stand beside ours where it has any of the rows, its average where all its 16 are there.
+    The paper's columns are left out where none of its rows is there; its average stands beside ours where all 16 are.
     """
     columns, paper = paper_table(f"mbeir_{scope}")
+    header = [f"{scope} pool", "hit", "ours"]
     tasks = {name: parse_task(name) for name in result["tasks"]}
-    rows = {
-        name: paper.get(f"{t.dataset} {MODALITIES[t.query]}>{MODALITIES[t.candidate]}") for name, t in tasks.items()
-    }
-    theirs = [row for row in rows.values() if row is not None]
+    keys = {name: f"{of.dataset} {MODALITIES[of.query]}>{MODALITIES[of.candidate]}" for name, of in tasks.items()}
+    theirs = [paper[key] for key in keys.values() if key in paper]
     columns = columns if theirs else []
-    header = [f"{scope} pool", "hit", "ours", *(name.replace("_", " ") for name in columns)]
     lines = []
     for name, of in result["tasks"].items():
-        task, row = tasks[name], rows[name]
+        task, row = tasks[name], paper.get(keys[name])
         shown = [_MISSING] * len(columns) if row is None else [f"{value:.2f}" for value in row]
         label = f"{task.dataset} {task.direction}"
         lines.append([label, of[scope]["paper_metric"].removeprefix("hit"), f"{100 * _figure(of, scope):.2f}", *shown])
@@ -47,8 +45,10 @@ def mbeir_table(result: dict, scope: str, *, markdown: bool = False) -> str:
         means = [f"{sum(values) / _ROWS:.2f}" for values in zip(*theirs, strict=True)]
     label = f"average of {len(lines)}"
     lines.append([label, "", f"{100 * result['average'][scope]:.2f}", *means])
-    table = _markdown(header, lines) if markdown else _terminal(header, lines)
-    return "\n".join([table, *([""] if markdown else []), _footer(result, scope, bool(theirs))])
+    footer = _footer(result, scope, bool(columns))
+    if not markdown:
+        return f"{terminal_table(header, columns, [], lines)}\n{footer}"
+    return f"{_markdown([*header, *(name.replace('_', ' ') for name in columns)], lines)}\n\n{footer}"
 
 
 def _figure(task: dict, scope: str) -> float:
@@ -60,18 +60,9 @@ def _markdown(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _terminal(header: list[str], lines: list[list[str]]) -> str:
-    # the long names of the paper's columns take two lines: model and training
-    split = [name.rsplit(" ", 1) if place > 2 else ["", name] for place, name in enumerate(header)]
-    rows = [[part[0] for part in split], [part[1] for part in split], *lines]
-    widths = [max(len(row[place]) for row in rows) for place in range(len(header))]
-    shown = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, shown, strict=True))
-
-
-def _footer(result: dict, scope: str, beside_paper: bool) -> str:
+def _footer(result: dict, scope: str, with_paper: bool) -> str:
     notes = ["In %, the share of queries with a positive among the first k"]
-    notes[0] += "; the other columns are the paper's." if beside_paper else "."
+    notes[0] += "; the other columns are the paper's." if with_paper else "."
     if result["limit"] is not None:
         notes.append(
             f"A smoke run: the first {result['limit']} queries of each task over as many candidates and the positives. "

@@ -1,9 +1,7 @@
 """MMEB's result as a table, laid out like the GCL paper's table 2, with its columns beside ours. Rates in percent."""
 
 from evaluation.mmeb_sets import CATEGORIES, PAPER_DIRECTIONS
-from evaluation.paper import paper_table
-
-_WIDTH = 13
+from evaluation.paper import paper_table, terminal_table
 
 
 def mmeb_table(result: dict) -> str:
@@ -20,17 +18,11 @@ def mmeb_table(result: dict) -> str:
     if not shown:
         columns = []
 
-    def line(label: str, cells: list[str], last: str) -> str:
-        return (f"{label:<26}" + "".join(f"{cell:>{_WIDTH}}" for cell in (*cells, last))).rstrip()
+    def row(label: str, figure: float, figures: list[float] | None = None) -> list[str]:
+        beside = [f"{of:.1f}" for of in figures] if figures else ["–"] * len(columns)
+        return [label, *beside, f"{100 * figure:.1f}"]
 
-    def percent(figures: list[float]) -> list[str]:
-        return [f"{figure:.1f}" for figure in figures]
-
-    def row(label: str, figure: float, figures: list[float] | None = None) -> str:
-        return line(label, percent(figures) if figures else ["–"] * len(columns), f"{100 * figure:.1f}")
-
-    models, trainings = zip(*(column.split("_", 1) for column in columns)) if columns else ((), ())
-    lines = [line("", list(models), ""), line("precision@1 in %", list(trainings), "ours")]
+    lines = []
     figures = {name: paper[f"{name.split('_')[0]} {way.replace('→', '>')}"] for name, way in PAPER_DIRECTIONS.items()}
     for name, way in PAPER_DIRECTIONS.items():
         if name in ours:
@@ -45,9 +37,10 @@ def mmeb_table(result: dict) -> str:
             means = [sum(column) / len(column) for column in zip(*figures.values())]
         label = {"all": f"average of {len(ours)}", "paper": "average of the paper's 12"}.get(group, f"average {group}")
         lines.append(row(label, mean, means))
+    notes = []
     missing = sum(one["missing_queries"] + one["missing_candidates"] for one in result["sets"].values())
     if missing:
-        lines.append(f"{missing} queries and candidates could not be read: they count as misses, see results.json")
+        notes.append(f"{missing} queries and candidates could not be read: they count as misses, see results.json")
     if result["limit"] is not None:
-        lines.append(f"a smoke run on the first {result['limit']} queries of each set: not comparable")
-    return "\n".join(lines[1:] if not columns else lines)
+        notes.append(f"a smoke run on the first {result['limit']} queries of each set: not comparable")
+    return "\n".join([terminal_table(["precision@1 in %"], columns, ["ours"], lines), *notes])

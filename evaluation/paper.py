@@ -1,6 +1,7 @@
 """The tables of the paper (arXiv 2509.25638, NeurIPS 2025 camera-ready), to stand beside ours. Rates in percent."""
 
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,29 @@ def paper_table(name: str) -> tuple[list[str], dict[str, list[float]]]:
     table = dict(_read()[_TABLES[name]])
     columns = table.pop("columns", _read()["columns"])
     return columns, table.get("rows", table)
+
+
+def terminal_table(left: Sequence[str], columns: Sequence[str], right: Sequence[str], lines: Sequence) -> str:
+    """
+    Lines for a terminal; with seven of the paper's columns they fit into 100 characters.
+
+    Args:
+        left, columns, right: the header; `columns` of the paper, whose names take three lines: model, loss, pairing.
+        lines: cells as in the header. The first is flush left, the others flush right.
+    """
+    heads = [_head(column) for column in columns]
+    header = [[*[""] * len(left), *(head[place] for head in heads), *[""] * len(right)] for place in range(2)]
+    rows = [*(header if columns else []), [*left, *(head[2] for head in heads), *right], *lines]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    cells = [[cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join(" ".join([row[0].ljust(widths[0]), *of[1:]]).rstrip() for row, of in zip(rows, cells, strict=True))
+
+
+def _head(column: str) -> tuple[str, str, str]:
+    """`"VISTA_GCL+Pairwise"` → `"VISTA", "GCL+", "Pairwise"`."""
+    model, _, training = column.partition("_")
+    loss, plus, pairing = training.rpartition("+")
+    return model, loss + plus, pairing
 
 
 @cache

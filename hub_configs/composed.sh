@@ -32,4 +32,13 @@ for experiment in flickr8k flickr8k_vista; do
   for fusion in ${fusions[$experiment]}; do
     measure "$experiment-stage1-$fusion" $stage1 --variant "$fusion"
   done
+  results=(
+    "stage 1 (CL)=outputs/composed/$experiment-stage1"
+    "centring=outputs/composed/$experiment-stage1-centring"
+  )
+  for fusion in ${fusions[$experiment]}; do
+    results+=("$fusion=outputs/composed/$experiment-stage1-$fusion")
+  done
+  results+=("CL=outputs/composed/$experiment-cl" "GCL=outputs/composed/$experiment-gcl")
+  gcl evaluate compare "${results[@]}" --out "results/composed/$experiment"
 done

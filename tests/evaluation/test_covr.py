@@ -321,6 +321,7 @@ def test_the_command_ranks_as_encode_does(clip_folder, data, tmp_path):
     r1 = 100 * written["result"]["mean"]["hit@1"]
     shown = f"R@1 +{r1:.2f} .*37.60\n(.*\n)+5 queries, 5 targets"
     assert re.search(shown, done.output) and "smoke run" not in done.output
+    assert all(len(line) <= 100 for line in done.output.splitlines() if line.startswith("R@"))
 
 
 def test_the_command_says_what_is_left_out(clip_folder, damaged, tmp_path):
