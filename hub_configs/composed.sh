@@ -18,7 +18,6 @@ measure() {
   [ -e "$out/results.json" ] || gcl evaluate mbeir "$2" --root $root --out "$out" "${@:3}"
   mkdir -p results/composed/runs
   cp "$out/results.json" "results/composed/runs/$1.json"
-  cp "$out/table.md" "results/composed/runs/$1.md"
 }
 
 declare -A fusions=([flickr8k]="sum" [flickr8k_vista]="sum normalized_sum") # those that are not the checkpoint's own
