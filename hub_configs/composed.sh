@@ -18,7 +18,6 @@ measure() {
   [ -e "$out/results.json" ] || gcl evaluate mbeir "$2" --root $root --out "$out" "${@:3}"
   mkdir -p results/composed/runs
   cp "$out/results.json" "results/composed/runs/$1.json"
-  cp "$out/table.md" "results/composed/runs/$1.md"
 }
 
 declare -A fusions=([flickr8k]="sum" [flickr8k_vista]="sum normalized_sum") # those that are not the checkpoint's own
@@ -32,4 +31,13 @@ for experiment in flickr8k flickr8k_vista; do
   for fusion in ${fusions[$experiment]}; do
     measure "$experiment-stage1-$fusion" $stage1 --variant "$fusion"
   done
+  results=(
+    "stage 1 (CL)=outputs/composed/$experiment-stage1"
+    "centring=outputs/composed/$experiment-stage1-centring"
+  )
+  for fusion in ${fusions[$experiment]}; do
+    results+=("$fusion=outputs/composed/$experiment-stage1-$fusion")
+  done
+  results+=("CL=outputs/composed/$experiment-cl" "GCL=outputs/composed/$experiment-gcl")
+  gcl evaluate compare "${results[@]}" --out "results/composed/$experiment"
 done

@@ -18,8 +18,8 @@ from modeling_gcl import GCLModel
 from publishing.model_folder import save_model_folder
 
 PAGE = (Path(__file__).parents[2] / "docs/use-a-model.md").read_text()
-# gated and centred, NaFlex's further inputs, full-length texts, native fusion, mean pooling and normalised sum
-OTHERS = ("siglip2", "siglip", "vista-base", "efficientnet + bert")
+# NaFlex's further inputs and full-length texts, native fusion, mean pooling; "model" below has gates and centring
+OTHERS = ("siglip2", "vista-base", "efficientnet + bert")
 ROWS = [
     "a red dog",
     "two birds in the sky and one cat on the green grass in a house flies runs",  # longer than the text towers take
