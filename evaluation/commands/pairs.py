@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from evaluation.commands.options import BatchSize, CentreOn, Model, TruncateDim, Variants, sessions
+from evaluation.commands.options import BatchSize, CentreOn, Model, Revision, TruncateDim, Variants, sessions
 
 
 def pairs(
@@ -14,12 +14,13 @@ def pairs(
     data: Annotated[str, typer.Argument(help="Folder, .parquet, .jsonl, .csv, or Hub id of captioned images.")],
     out: Annotated[Path | None, typer.Option(help="Folder for results.json, embeddings and pictures.")] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
-    limit: Annotated[int | None, typer.Option(help="Only the first pairs.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pairs.")] = None,
     batch_size: BatchSize = 64,
     seed: Annotated[int, typer.Option(help="Seed of mixed-modality search.")] = 0,
     variant: Variants = None,
     centre_on: CentreOn = None,
     truncate_dim: TruncateDim = None,
+    revision: Revision = None,
 ):
     """Nine-way retrieval, mixed-modality search and modality gap on image-caption pairs."""
     from evaluation.environment import collect_environment
@@ -31,7 +32,7 @@ def pairs(
     from retrieval.sources import load_pairs
     from retrieval.store import write_json
 
-    options = {"batch_size": batch_size, "truncate_dim": truncate_dim, "centre_on": centre_on}
+    options = {"batch_size": batch_size, "truncate_dim": truncate_dim, "centre_on": centre_on, "revision": revision}
     found = load_pairs(SourceArguments(data, split=split, limit=limit))
     results = {}
     for session in sessions(model, out, variant, **options):
