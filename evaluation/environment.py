@@ -60,6 +60,8 @@ def command_line():
         kind = f"use_{sharding[0]}" if sharding else "multi_gpu"
         launcher += f"--{kind} --num_processes {processes} "
     words = list(sys.argv)
+    if Path(words[0]).stem == "gcl":  # the console script, wherever it lies
+        words[0], launcher = "gcl", "" if processes == 1 else f"{launcher}-m "
     for place, word in enumerate(words):
         name, is_assignment, _ = word.partition("=")
         if name.replace("-", "_").endswith("hub_token"):

@@ -5,8 +5,8 @@ import sys
 
 import torch
 
+from evaluation import environment
 from evaluation.environment import collect_environment, command_line, git_state
-from publishing import environment
 
 
 def test_environment_is_complete():
@@ -63,3 +63,11 @@ def test_the_command_names_its_launcher(monkeypatch):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         assert command_line() == launcher + "train.py r.yaml"
+
+
+def test_the_console_script_goes_by_its_name(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/home/me/.venv/bin/gcl", "evaluate", "pairs", "my model"])
+    assert command_line() == "gcl evaluate pairs 'my model'"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert command_line() == "accelerate launch --multi_gpu --num_processes 2 -m gcl evaluate pairs 'my model'"
