@@ -18,11 +18,11 @@ for name in ("modeling_gcl", "publishing"):
 """
 
 
-def run_outside(code, folder):
-    """Runs Python `code` in `folder`; returns what it printed.
+def run_outside(code, folder, **variables):
+    """Runs Python `code` in `folder`, with more environment variables; returns what it printed.
 
     -S leaves .pth files unread, by which an editable install is found."""
-    paths = [path for path in sys.path if path and not (Path(path) / "modeling_gcl").exists() and Path(path) != TESTS]
+    paths = paths_outside()
     script = folder / "script.py"
     script.write_text(PRELUDE.format(paths=paths) + code)
     environment = {
@@ -30,8 +30,18 @@ def run_outside(code, folder):
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    run = subprocess.run(
-        [sys.executable, "-I", "-S", script], cwd=folder, env=os.environ | environment, capture_output=True, text=True
-    )
+    command = [sys.executable, "-I", "-S", script]
+    environment = os.environ | environment | variables
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     return run.stdout
+
+
+def paths_outside():
+    """sys.path without this checkout, and without the modules that transformers has copied for this process."""
+    ours = ("modeling_gcl", "transformers_modules")
+    return [
+        path
+        for path in sys.path
+        if path and Path(path) != TESTS and not any((Path(path) / name).exists() for name in ours)
+    ]

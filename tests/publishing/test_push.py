@@ -1,14 +1,12 @@
 """Folders onto a Hub over real HTTP: whole, in one commit, whatever the network does; and off it again."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from backbones import tiny_encoder, tiny_processor
+from doors import run_outside
 from hub_on_loopback import TOKEN
 
 import publishing.push
@@ -17,13 +15,10 @@ from publishing.push import check_folder, push_folder
 
 ROOT = Path(__file__).parents[2]
 LOAD = """
-import json, sys
+import json
 from transformers import AutoModel, AutoProcessor
-repo_id, revision = sys.argv[1:3]
-model, processor = (auto.from_pretrained(repo_id, revision=revision, trust_remote_code=True)
-                    for auto in (AutoModel, AutoProcessor))
-import importlib.util
-assert importlib.util.find_spec("modeling_gcl") is None
+options = {{"revision": {revision!r}, "trust_remote_code": True}}
+model, processor = (auto.from_pretrained({repo_id!r}, **options) for auto in (AutoModel, AutoProcessor))
 print(json.dumps(model.encode(["A red bird."], processor).tolist()))
 """
 
@@ -74,17 +69,10 @@ def test_a_pushed_folder_loads_where_our_package_is_not(hub, push, folder, model
     commits = hub.repos["org/clip-gcl"]["main"]
     assert len(commits) == 2 and url.endswith(commits[-1]["sha"]) and push.waits == []
     assert pushed(hub) == on_disk(folder) and hub.private == {"org/clip-gcl"}
-    clean = [path for path in sys.path if path and Path(path).resolve() not in (ROOT, ROOT / "tests")]
-    environment = os.environ | hub.environment | {"HF_HOME": str(tmp_path / "home")}
-    environment.pop("PYTHONPATH", None)
-    # -S would lose the packages: the finder of an editable install is taken out by name instead
-    script = "import sys\nsys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in repr(f)]\n"
-    script += f"sys.path[:] = {[str(path) for path in clean]!r}\n" + LOAD
-    command = [sys.executable, "-c", script, "org/clip-gcl", commits[-1]["sha"]]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    code = LOAD.format(repo_id="org/clip-gcl", revision=commits[-1]["sha"])
+    printed = run_outside(code, tmp_path, **hub.environment, HF_HOME=str(tmp_path / "home"))
     expected = model.encode(["A red bird."], tiny_processor("clip"))
-    torch.testing.assert_close(torch.tensor(json.loads(done.stdout.splitlines()[-1])), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(json.loads(printed.splitlines()[-1])), expected, atol=1e-5, rtol=0)
 
 
 def test_pushed_again_it_replaces_weights_and_code_and_keeps_the_rest(hub, push, folder):
