@@ -64,6 +64,7 @@ def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys, hub, monkeypat
     pushed = hub.files("org/tiny")
     assert pushed.keys() - {".gitattributes"} == names and f"{hub.url}/org/tiny/commit/" in capsys.readouterr().out
     assert pushed["model.safetensors"] == (again / "model" / "model.safetensors").read_bytes()
+    assert b"push_to_hub" not in pushed["recipe.yaml"]  # a stranger may not push there
     assert b'from_pretrained("org/tiny"' in pushed["README.md"] and len(hub.repos["org/tiny"]["main"]) == 2
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, GCLModel.from_pretrained(again / "model").state_dict()[name]), name

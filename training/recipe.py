@@ -213,7 +213,8 @@ def _build(settings: dict, path: str) -> Recipe:
         if source is not None and "path" not in source:
             raise RecipeError(f"{path}: data.{name}.path is missing: give a folder, a file or a Hub data set id")
     training = _known_checkpointing_name(settings.get("training", {}))
-    settings.get("training", {}).pop("hub_token", None)
+    for name in ("hub_token", "push_to_hub"):  # who repeats a recipe has a token and a place of their own
+        settings.get("training", {}).pop(name, None)
     try:
         data["train"] = [SourceArguments(**source) for source in data["train"]]
         if data.get("eval") is not None:
