@@ -1,7 +1,7 @@
 """Runs of one benchmark side by side: what may be compared, and the table of it. All figures in percent.
 
-A run is the `results.json` that `evaluation.session.Session.write` wrote, of M-BEIR and composed retrieval (tasks in a
-local and a global pool), MixBench (mixed pools), MMEB (each query has its own candidates) or WebVid-CoVR (a gallery).
+A run is the `results.json` that `evaluation.session.Session.write` wrote, of M-BEIR and data in its layout (tasks in
+a local and a global pool), MixBench (mixed pools), MMEB (each query has its own candidates) or WebVid-CoVR (a gallery).
 """
 
 import json
@@ -29,7 +29,7 @@ def read_run(path: str | Path) -> dict:
     """What `Session.write` wrote: settings, and the `result`; from a run's folder or its `results.json`.
 
     Raises:
-        ValueError: the file is no JSON, or no run of one of the five.
+        ValueError: the file is no JSON, or no run of one of the four.
         OSError: there is none.
     """
     path = Path(path)
@@ -47,9 +47,8 @@ def read_run(path: str | Path) -> dict:
 def figures(run: dict) -> dict[Line, float]:
     """The figures by which a run is judged, without means.
 
-    M-BEIR: what the paper reports, `paper_metric` of each task and pool; composed retrieval: hit@10 in both pools;
-    MixBench: nDCG@10, of all queries and by what is relevant to them; MMEB: precision@1; WebVid-CoVR: hit@k for either
-    way to join frames.
+    M-BEIR: what the paper reports, `paper_metric` of each task and pool; MixBench: nDCG@10, of all queries and by what
+    is relevant to them; MMEB: precision@1; WebVid-CoVR: hit@k for either way to join frames.
     """
     found, _ = _READ[run["protocol"]](run["result"])
     return {line: 100 * value for line, value in found.items() if value is not None}
@@ -63,7 +62,7 @@ def _read_tasks(result: dict) -> tuple[dict[Line, float], dict]:
             same |= {f"{name}: {key}": task[key] for key in ("direction", "queries", "pool")}
             same[f"{name}: the choice of pools"] = [scope for scope in SCOPES if scope in task]
             if scope in task:
-                metric = task[scope].get("paper_metric", "hit@10")
+                metric = task[scope]["paper_metric"]
                 found[Line(scope, name, task["direction"], metric)] = task[scope][metric]
                 same |= {f"{name}, {scope}: {key}": task[scope][key] for key in ("candidates", "positives_outside")}
     return found, same
@@ -106,7 +105,6 @@ def _read_covr(result):
 
 _READ = {
     "mbeir": _read_tasks,
-    "composed": _read_tasks,
     "mixbench": _read_mixbench,
     "mmeb": _read_mmeb,
     "covr": _read_covr,

@@ -83,7 +83,7 @@ def test_means_weigh_tasks_equally_and_many_runs_fit(runs):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda run: run.update(protocol="composed"), "protocol differs, mbeir and composed"),
+        (lambda run: run.update(protocol="mixbench"), "protocol differs, mbeir and mixbench"),
         (lambda run: run.update(limit=5), "limit differs, none and 5"),
         (lambda run: run.update(instructions=True), "instructions differs, none and True"),
         (lambda run: run["result"]["tasks"].pop("oven_task6"), r"the choice of tasks differs, 3 \(fashioniq_task7"),
