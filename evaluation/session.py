@@ -7,19 +7,16 @@ Variants are baselines that need no training, of the same checkpoint:
 - two of them together, such as `normalized_sum+centring`.
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from evaluation.centring import estimate_modality_means
 from evaluation.environment import collect_environment, command_line
 from modeling_gcl import GCLModel, GCLProcessor
 from retrieval.embed import embed_rows
 from retrieval.fingerprint import model_fingerprint
-from retrieval.processes import Processes
+from retrieval.processes import Processes, own_device
 from retrieval.source_arguments import SourceArguments
 from retrieval.sources import load_pairs
 from retrieval.store import Store, write_json
@@ -71,8 +68,7 @@ class Session:
         overrides = {} if fusion is None else {"fusion": fusion}
         self.model = GCLModel.from_encoder(model, revision=revision, **overrides).eval()
         self.processor = GCLProcessor.from_encoder(model, revision=revision)
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        self.device = own_device()
         self.model.to(self.device)
         if centring:
             self._centre(model, centre_on)

@@ -42,18 +42,18 @@ def centring(
     batch_size: Annotated[int, typer.Option(help="Rows embedded at once.")] = 64,
 ):
     """The same model with its modality means stored: AutoModel.from_pretrained(OUT, centring=True) subtracts them."""
-    import torch
 
     from evaluation.centring import estimate_modality_means
     from modeling_gcl import GCLModel, GCLProcessor
     from publishing.model_folder import save_model_folder
     from publishing.new_folder import check_is_new, new_folder
+    from retrieval.processes import own_device
     from retrieval.source_arguments import SourceArguments
     from retrieval.sources import load_pairs
 
     check_is_new(out)
     encoder, processor = GCLModel.from_encoder(model).eval(), GCLProcessor.from_encoder(model)
-    encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    encoder.to(own_device())
     pairs = load_pairs(SourceArguments(data, split=split, limit=limit))
     estimate_modality_means(encoder, processor, pairs, batch_size=batch_size, show_progress=sys.stderr.isatty())
     with new_folder(out) as folder:

@@ -41,13 +41,9 @@ def embed(
 
     Equal contents are embedded once. Under accelerate launch or torchrun the processes share the rows.
     """
-    import os
-
-    import torch
-
     from modeling_gcl import GCLModel, GCLProcessor
     from retrieval.embed import embed_rows
-    from retrieval.processes import Processes
+    from retrieval.processes import Processes, own_device
     from retrieval.rows import PairRows, read_rows
     from retrieval.source_arguments import SourceArguments
     from retrieval.sources import load_pairs
@@ -62,7 +58,7 @@ def embed(
         rows = PairRows(load_pairs(SourceArguments(data, split=split, limit=limit, image_root=image_root)), modality)
     encoder = GCLModel.from_encoder(model, revision=revision).eval()
     processor = GCLProcessor.from_encoder(model, revision=revision)
-    encoder.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    encoder.to(own_device())
     store = embed_rows(
         encoder,
         processor,
@@ -90,14 +86,12 @@ def search(
     trec: Annotated[Path | None, typer.Option(help="Write the result as text for trec_eval too.")] = None,
 ):
     """The k best candidates of each query, exactly; equal scores by id."""
-    import torch
-
+    from retrieval.processes import own_device
     from retrieval.run import search as search_stores
     from retrieval.store import Store
 
     stores = [Store(folder) for folder in (queries, *pools)]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    run = search_stores(stores[0], stores[1:], k, device=device)
+    run = search_stores(stores[0], stores[1:], k, device=str(own_device()))
     for path in filter(None, (out, trec)):
         path.parent.mkdir(parents=True, exist_ok=True)
     run.save(out)

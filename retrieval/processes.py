@@ -3,6 +3,7 @@
 import os
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
 # one process may have done its share hours before another; one that died ends the wait at once
@@ -36,3 +37,10 @@ class Processes:
         values = [None] * self.size if self.rank == 0 else None
         dist.gather_object(value, values, dst=0, group=self._group)
         return values
+
+
+def own_device() -> torch.device:
+    """This process's GPU, in a launch one for each process of a machine; the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
