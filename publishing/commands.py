@@ -1,5 +1,5 @@
-"""`gcl convert`: other checkpoints into folders that GCL starts from, own test data into M-BEIR's layout.
-`gcl push`: a folder onto the Hub."""
+"""`gcl convert`: other checkpoints into folders that GCL starts from, own test data into M-BEIR's layout, models into
+other forms and a Space. `gcl push`: a folder onto the Hub."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Turn checkpoints and test data into folders that GCL reads.")
+app = typer.Typer(
+    no_args_is_help=True, help="Turn checkpoints and test data into folders that GCL reads, and models into others."
+)
 
 
 @app.command("towers")
@@ -144,6 +146,45 @@ def onnx(
     from publishing.onnx_graphs import convert_to_onnx
 
     typer.echo(convert_to_onnx(model, out, revision=revision))
+
+
+@app.command("space")
+def space(
+    model: Annotated[str, typer.Argument(help="Hub id of a GCL checkpoint.")],
+    data: Annotated[str, typer.Argument(help="Captioned images that may be published: folder, file, or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    base: Annotated[str | None, typer.Option(help="Hub id of another model to compare.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Only the first pairs.")] = 1000,
+    image_root: Annotated[
+        str | None, typer.Option(help="Folder that image paths are relative to. By default that of DATA.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows embedded at once.")] = 64,
+    title: Annotated[str, typer.Option(help="Of the Space.")] = "GCL search",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="That of BASE.")] = None,
+):
+    """The page of gcl demo as a Gradio Space, with its gallery and embeddings in it; hf upload pushes it."""
+    from retrieval.source_arguments import SourceArguments
+    from retrieval.sources import load_pairs
+
+    try:
+        from publishing.space import write_space
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{error}: pip install "universal-gcl[demo]"') from error
+    report = write_space(
+        model,
+        load_pairs(SourceArguments(data, split=split, limit=limit, image_root=image_root)),
+        out,
+        name=Path(data).name,
+        base=base,
+        revision=revision,
+        base_revision=base_revision,
+        title=title,
+        batch_size=batch_size,
+        show_progress=True,
+    )
+    typer.echo(report)
 
 
 def push(
