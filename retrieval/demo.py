@@ -91,7 +91,6 @@ def build_app(gallery: Gallery, encoders: dict[str, Encoder]) -> gr.Blocks:
                 view = gr.Radio(
                     [SIDE_BY_SIDE, *encoders], value=SIDE_BY_SIDE, label="Model", visible=several, elem_id="gcl-view"
                 )
-                button = gr.Button("Search", variant="primary")
             with gr.Column(scale=2, min_width=280):
                 picture = gr.Image(
                     label="Picture", type="filepath", sources=["upload", "clipboard"], height=230, buttons=[],
@@ -99,10 +98,12 @@ def build_app(gallery: Gallery, encoders: dict[str, Encoder]) -> gr.Blocks:
                 )  # fmt: skip
         # the file as it came: gr.Image itself answers one that it can't open by a bare "Error", and stores others anew
         picture.preprocess = lambda payload: payload and payload.path
+        button = gr.Button("Search", variant="primary")
         results = gr.HTML(elem_id="gcl-results")
-        gr.Examples(_examples(gallery), [text, picture], label="Try")
+        tries = gr.Examples(_examples(gallery), [text, picture], label="Try")
         inputs = [text, picture, view, kinds]
         gr.on([text.submit, button.click], search, inputs, results, api_name="search")
+        tries.load_input_event.then(search, inputs, results, api_visibility="private")
         gr.on(
             [view.input, kinds.input],
             lambda *values: search(*values) if values[0].strip() or values[1] else "",

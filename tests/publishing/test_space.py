@@ -78,7 +78,9 @@ def test_the_app_where_our_package_is_not(hub, pinned, tmp_path):
     assert all(re.fullmatch(r"[a-z]+==[\d.]+\n", line) for line in (space / "requirements.txt").open())
 
     random_image(5).save(tmp_path / "query.png")
-    printed = run_outside(ASK.format(kinds=list(MODALITIES)), tmp_path, **hub.environment, HF_HOME=str(tmp_path / "home"))
+    printed = run_outside(
+        ASK.format(kinds=list(MODALITIES)), tmp_path, **hub.environment, HF_HOME=str(tmp_path / "home")
+    )
     pages = json.loads(re.search("^pages (.*)$", printed, re.M)[1])
 
     gallery = Gallery(space)
