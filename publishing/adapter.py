@@ -39,6 +39,8 @@ def save_with_adapter(folder: str | Path, peft_model, processor: GCLProcessor, b
     trained = _embed(peft_model, processor)
     with peft_model.disable_adapter():
         change = (_embed(peft_model, processor) - trained).abs().max().item()
+    if change == 0:
+        raise ValueError("training has changed nothing: the adapted model embeds as its base. Raise learning_rate")
     save_adapter(folder / ADAPTER_FOLDER, peft_model, base_checksums)
     merged = peft_model.merge_and_unload()
     save_model_folder(folder, merged, processor)
@@ -48,11 +50,10 @@ def save_with_adapter(folder: str | Path, peft_model, processor: GCLProcessor, b
     }
     for what, model in reloaded.items():
         error = (_embed(model.to(merged.device), processor) - trained).abs().max().item()
-        if not error <= min(TOLERANCE, change):
+        if not error <= TOLERANCE or error >= change:
             raise ValueError(
                 f"{what} in {folder} is not what was trained: loaded again, its embeddings differ by {error:.1e} from "
-                f"those of training, which differ by {change:.1e} from the base's. Raise learning_rate if training "
-                "changed nothing"
+                f"those of training, which differ by {change:.1e} from the base's"
             )
     return merged
 

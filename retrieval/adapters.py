@@ -72,6 +72,19 @@ def check_adapter_weights(folder: str | Path, peft_model) -> None:
     Raises:
         ValueError: the adapter's file lacks keys of the model's adapter, has others, or other values.
     """
+    saved, held = check_adapter_keys(folder, peft_model)
+    wrong = [name for name, tensor in saved.items() if not torch.equal(tensor, held[name].detach().cpu())]
+    if wrong:
+        raise ValueError(f"{folder} holds other values than the model for {len(wrong)} keys, such as {min(wrong)}")
+
+
+def check_adapter_keys(folder: str | Path, peft_model) -> tuple[dict, dict]:
+    """
+    The tensors of the adapter's file and those of the model's adapter, by name.
+
+    Raises:
+        ValueError: the file is absent, lacks keys, or has others.
+    """
     from peft import get_peft_model_state_dict
 
     path = Path(folder) / ADAPTER_WEIGHTS
@@ -82,9 +95,7 @@ def check_adapter_weights(folder: str | Path, peft_model) -> None:
     for names, what in ((held.keys() - saved.keys(), "lacks"), (saved.keys() - held.keys(), "has the unknown")):
         if names:
             raise ValueError(f"{path} {what} {len(names)} keys, such as {min(names)}: train or download it again")
-    wrong = [name for name, tensor in saved.items() if not torch.equal(tensor, held[name].detach().cpu())]
-    if wrong:
-        raise ValueError(f"{path} holds other values than the model for {len(wrong)} keys, such as {min(wrong)}")
+    return saved, held
 
 
 def adapter_base(folder: Path) -> str:

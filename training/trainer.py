@@ -22,7 +22,7 @@ from transformers import Trainer
 from evaluation.pairs import embed_pairs, evaluate_embeddings
 from modeling_gcl import alignclip_loss, contrastive_loss, gcl_loss
 from modeling_gcl.matryoshka_gcl import cuts_and_shares
-from retrieval.adapters import ADAPTER_WEIGHTS, check_adapter_weights
+from retrieval.adapters import ADAPTER_WEIGHTS, check_adapter_keys, check_adapter_weights
 
 from .batch_plan import BatchPlan, accumulation_for, negatives_per_query
 from .callbacks import BatchSizeCallback, BrokenImagesCallback, DataEpochCallback, LogitScaleCallback
@@ -351,6 +351,8 @@ class GCLTrainer(Trainer):
                 f"{resume_from_checkpoint} was trained {'with' if holds_adapter else 'without'} LoRA: resume it "
                 f"{'with its' if holds_adapter else 'without a'} peft: section in the recipe"
             )
+        if holds_adapter:
+            check_adapter_keys(resume_from_checkpoint, self.model)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if holds_adapter:
             check_adapter_weights(resume_from_checkpoint, self.model)
