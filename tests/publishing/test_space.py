@@ -19,7 +19,7 @@ from modeling_gcl import GCLModel, GCLProcessor  # noqa: E402
 from publishing.model_folder import save_model_folder  # noqa: E402
 from publishing.space import COPIED, write_space  # noqa: E402
 from retrieval.demo import build_app, encoder_of  # noqa: E402
-from retrieval.gallery import MODALITIES, Gallery  # noqa: E402
+from retrieval.gallery import Gallery  # noqa: E402
 from retrieval.source_arguments import SourceArguments  # noqa: E402
 from retrieval.sources import load_pairs  # noqa: E402
 
@@ -27,13 +27,12 @@ ASK = """
 import json, sys
 sys.path.insert(0, "space")
 import app
-from gradio_client import Client, handle_file
-from retrieval.demo import launch
-client = Client(launch(app.app, server_name="127.0.0.1"), verbose=False)
-picture = handle_file("query.png")
-queries = [("a red dog", None), ("", picture), ("a red dog", picture)]
-print("pages", json.dumps([client.predict(*query, "side by side", {kinds}, api_name="/search") for query in queries]))
+import httpx
+address = app.launch(app.app, server_name="127.0.0.1")
+print("served", "--gcl-image" in httpx.get(address + "config").text)
 app.app.close()
+(search,) = [fn.fn for fn in app.app.fns.values() if fn.api_name == "search"]
+print("pages", json.dumps([search(*query) for query in {queries}]))
 """
 
 
@@ -90,7 +89,6 @@ def test_the_app_where_our_package_is_not(hub, pinned, tmp_path):
         model = GCLModel.from_encoder(source["name"], **options).eval()
         encoders[label] = encoder_of(model, GCLProcessor.from_encoder(source["name"], **options))
     (search,) = [fn.fn for fn in build_app(gallery, encoders).fns.values() if fn.api_name == "search"]
-    queries = [("a red dog", None), ("", str(tmp_path / "query.png")), ("a red dog", str(tmp_path / "query.png"))]
     for page, query in zip(pages, queries, strict=True):
         assert page == search(*query) and page.count("<li ") == 2 * 12
     assert len(set(pages)) == 3
