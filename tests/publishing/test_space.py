@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -14,14 +15,13 @@ from training_runs import write_parquet
 
 pytest.importorskip("gradio", reason='a Space needs gradio: pip install "universal-gcl[demo]"')
 
+import gcl  # noqa: E402
 import retrieval  # noqa: E402
 from modeling_gcl import GCLModel, GCLProcessor  # noqa: E402
 from publishing.model_folder import save_model_folder  # noqa: E402
 from publishing.space import COPIED, write_space  # noqa: E402
 from retrieval.demo import build_app, encoder_of  # noqa: E402
 from retrieval.gallery import Gallery  # noqa: E402
-from retrieval.source_arguments import SourceArguments  # noqa: E402
-from retrieval.sources import load_pairs  # noqa: E402
 
 ASK = """
 import json, sys
@@ -59,13 +59,15 @@ def pinned(hub, clip_folder, tmp_path, monkeypatch):
     return put(hub, "org/clip-gcl", tmp_path / "model"), put(hub, "org/clip", clip_folder)
 
 
-def write(tmp_path, **options):
-    pairs = load_pairs(SourceArguments(str(write_parquet(tmp_path / "pairs.parquet", 8)), split="test"))
-    return write_space("org/clip-gcl", pairs, tmp_path / "space", name="pairs", **options)
-
-
-def test_the_app_where_our_package_is_not(hub, pinned, tmp_path):
-    report = write(tmp_path, base="org/clip", revision=pinned[0], base_revision=pinned[1])
+def test_the_app_where_our_package_is_not(hub, pinned, tmp_path, monkeypatch, capsys):
+    data = write_parquet(tmp_path / "pairs.parquet", 9)
+    command = ["convert", "space", "org/clip-gcl", data, tmp_path / "space", "--limit", 8, "--base", "org/clip"]
+    command += ["--revision", pinned[0], "--base-revision", pinned[1]]
+    monkeypatch.setattr(sys, "argv", ["gcl", *map(str, command)])
+    with pytest.raises(SystemExit) as stop:
+        gcl.main()
+    report = capsys.readouterr().out
+    assert stop.value.code == 0 and "8 entries, 24 candidates" in report
     assert "hf upload --repo-type space" in report and pinned[0][:12] in report
     space = tmp_path / "space"
     for file in COPIED:
@@ -77,9 +79,10 @@ def test_the_app_where_our_package_is_not(hub, pinned, tmp_path):
     assert all(re.fullmatch(r"[a-z]+==[\d.]+\n", line) for line in (space / "requirements.txt").open())
 
     random_image(5).save(tmp_path / "query.png")
-    printed = run_outside(
-        ASK.format(kinds=list(MODALITIES)), tmp_path, **hub.environment, HF_HOME=str(tmp_path / "home")
-    )
+    picture = str(tmp_path / "query.png")
+    queries = [("a red dog", None), ("", picture), ("a red dog", picture)]
+    printed = run_outside(ASK.format(queries=queries), tmp_path, **hub.environment, HF_HOME=str(tmp_path / "home"))
+    assert "served True" in printed
     pages = json.loads(re.search("^pages (.*)$", printed, re.M)[1])
 
     gallery = Gallery(space)
@@ -92,8 +95,8 @@ def test_the_app_where_our_package_is_not(hub, pinned, tmp_path):
     for page, query in zip(pages, queries, strict=True):
         assert page == search(*query) and page.count("<li ") == 2 * 12
     assert len(set(pages)) == 3
-    gcl, base = (re.findall(r"cosine with the query\">([\d.-]+)", part) for part in pages[0].split("</section>")[:2])
-    assert gcl != base
+    tuned, base = (re.findall(r"cosine with the query\">([\d.-]+)", part) for part in pages[0].split("</section>")[:2])
+    assert tuned != base
 
 
 def test_what_a_space_cannot_load_is_refused_first(hub, pinned, clip_folder, tmp_path):

@@ -3,12 +3,16 @@
 import importlib.util
 import re
 import shutil
+import sys
 from html import unescape
 
 import httpx
 import pytest
 from colours import COLOURS, NASTY, ColourModel, colour_models, colour_pairs, picture
+from training_runs import write_parquet
 
+import gcl
+from retrieval.gallery import Gallery
 from retrieval.gallery_folder import write_gallery
 
 pytest.importorskip("gradio", reason='the page needs gradio: pip install "universal-gcl[demo]"')
@@ -122,6 +126,25 @@ def test_one_model_needs_no_switch(tmp_path):
     (switch,) = [block for block in app.blocks.values() if block.elem_id == "gcl-view"]
     assert not switch.visible
     assert "Compare" not in str(app.config) and "org/GCL" in str(app.config)
+
+
+def test_the_command(clip_folder, tmp_path, monkeypatch, capsys):
+    def ended(app):
+        app.close()
+
+    monkeypatch.setattr("gradio.Blocks.block_thread", ended)
+    data = write_parquet(tmp_path / "pairs.parquet", 6)
+    arguments = ("demo", clip_folder, data, "--base", clip_folder, "--limit", 5, "--out", tmp_path / "out")
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", ["gcl", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            gcl.main()
+        assert stop.value.code == 0
+        printed = capsys.readouterr()
+        assert re.search(r"^http://127\.0\.0\.1:\d+/ ", printed.out, re.M)
+    assert "embed" not in printed.err  # the second time
+    gallery = Gallery(tmp_path / "out" / "pairs.parquet-5")
+    assert (len(gallery), gallery.name) == (5, "pairs.parquet")
 
 
 @needs_browser
