@@ -13,13 +13,14 @@ import torch
 from transformers import set_seed
 
 from evaluation.environment import collect_environment, command_line
+from evaluation.model_size import model_size
 from evaluation.pairs import evaluate_embeddings
 from evaluation.plots import modality_pca, nine_way_heatmap, training_curves
 from evaluation.report import nine_way_table
 from evaluation.result_sheet import result_sheet
 from modeling_gcl import GCLModel, GCLProcessor, ImageError, load_image
-from publishing.hub_folder import write_hub_folder
-from publishing.model_card import CardFacts, DataSource
+from publishing.card_facts import CardFacts, DataSource
+from publishing.hub_folder import base_model_ids, local_name, write_hub_folder
 from publishing.model_folder import save_model_folder
 from publishing.push import check_may_push, push_folder
 from retrieval.failures import failing_together, stop
@@ -142,7 +143,7 @@ def main(argv):
         stop(error)
     if trainer.is_world_process_zero():
         results = write_results(
-            folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment, repo_id
+            folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment
         )
         report_to_user(folder, results, time.time() - started)
         if repo_id is not None:
@@ -159,9 +160,7 @@ def evaluate(trainer):
     return embeddings, result
 
 
-def write_results(
-    folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment, repo_id
-):
+def write_results(folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment):
     """Everything a saved folder holds beside model and processor; returns what `results.json` says."""
     arguments = recipe.training
     history = trainer.state.log_history
@@ -183,12 +182,12 @@ def write_results(
         "log_history": history,
     }
     pictures = draw_pictures(Path(arguments.output_dir) / "pictures", history, before, after, trainer)
-    total = results["parameters"]["total"]
     facts = CardFacts(
-        title=Path(repo_id or arguments.output_dir).name,
-        model_name=repo_id or str(folder),
-        base_model=recipe.model.encoder,
-        base_model_ids=[] if Path(recipe.model.encoder).exists() else [recipe.model.encoder],
+        title=Path(arguments.output_dir).name,
+        model_name=local_name(folder),
+        base_model=shown(recipe.model.encoder),
+        base_revision=getattr(trainer.model.config.encoder_config, "_commit_hash", None),
+        base_model_ids=base_model_ids(recipe.model.encoder),
         loss=arguments.loss,
         licence=recipe.model.licence,
         command=results["command"],
@@ -201,8 +200,9 @@ def write_results(
         data=[data_source(*read, broken_images) for read in zip(recipe.data.train, train_reports)],
         environment=environment,
         train_runtime=runtime,
-        parameters={"total": total["parameters"], "trainable": total["trained"]},
-        embedding_dim=trainer.model.config.projection_dim,
+        trained_parameters=results["parameters"]["total"]["trained"],
+        size=model_size(trainer.model, trainer.processing_class),
+        languages=recipe.data.languages,
         matryoshka_dims=trainer.model.config.matryoshka_dims or [],
         seed=arguments.seed,
         eval_data=data_source(recipe.data.eval, eval_report) if eval_report else None,
@@ -243,13 +243,18 @@ def draw_pictures(folder, history, before, after, trainer):
     return pictures
 
 
+def shown(path):
+    """A path or id on the card. Of an absolute path only the name: the rest is the user's own business."""
+    return Path(path).name if Path(path).is_absolute() else path
+
+
 def data_source(source, report, broken_images=()):
-    """What the card says of one source. Of an absolute path only the name: the rest is the user's own business.
+    """What the card says of one source.
 
     `broken_images`: those that training met, of any source, each named "source, pair id: what is wrong"."""
     on_hub = report.split is not None
     return DataSource(
-        source=Path(report.path).name if Path(report.path).is_absolute() else report.path,
+        source=shown(report.path),
         pairs=report.pairs,
         skipped=report.num_skipped + sum(name.startswith(f"{source.path}, ") for name in broken_images),
         name=source.name,

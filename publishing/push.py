@@ -1,8 +1,9 @@
 """A saved folder onto the Hub: complete or not at all.
 
 Files are uploaded first, then one commit makes them visible, on top of the commit that was seen at the start: others
-never see half of an update, and what someone else pushed meanwhile is not overwritten. Weights and code that the folder
-no longer holds are removed in the same commit; other files of the repository stay.
+never see half of an update, and what someone else pushed meanwhile is not overwritten. Weights, code and benchmarks
+that the folder no longer holds are removed in the same commit; other files of the repository stay. The card that is
+pushed loads the id that it is pushed to; the folder stays as it was.
 """
 
 import json
@@ -10,18 +11,21 @@ import logging
 import time
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import filter_repo_objects
 
-from publishing.model_card import check_hub_id
+from publishing.benchmarks import OURS
+from publishing.card_facts import check_hub_id
+from publishing.hub_folder import files_for
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
 FIRST_WAIT = 2.0  # seconds; doubled each time, unless the Hub says how long
 LONGEST_WAIT = 300.0
-_STALE = ("*.safetensors", "*.safetensors.index.json", "*.py")
+_STALE = ("*.safetensors", "*.safetensors.index.json", "*.py", "benchmarks/*.json", OURS)
 _NOT_PUSHED = ("checkpoint-*/**", "runs/**", "*.partial", ".*", "**/.*", "**/__pycache__/**")
 _TRY_LATER = (408, 409, 425, 429, 500, 502, 503, 504)
 
@@ -48,20 +52,20 @@ def push_folder(
         URL of the commit.
 
     Raises:
-        ValueError: no model folder, or one that lacks files; no token, or one that may not write there; the repository
-            changed meanwhile. Nothing has changed on the Hub then.
+        ValueError: no model folder, or one that lacks files; no token, or one that may not write there; a model card
+            that the Hub refuses; the repository changed meanwhile. Nothing has changed on the Hub then.
         ConnectionError: the Hub could not be reached, or refused, ATTEMPTS times. Nothing has changed on it.
     """
     folder = Path(folder)
     check_folder(folder)
     token = check_may_push(repo_id, token)
+    files = _files(folder) | {name: text.encode() for name, text in files_for(folder, repo_id).items()}
+    _persist(lambda: _validate_card(files["README.md"]), repo_id)
     api = HfApi(token=token)
     _persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
     if revision is not None:
         _persist(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
     seen = _persist(lambda: api.model_info(repo_id, revision=revision), repo_id).sha
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: paths[name] for name in filter_repo_objects(paths, ignore_patterns=list(_NOT_PUSHED))}
 
     def commit():
         # a commit whose answer was lost is met again as a folder that the repository holds already: nothing to do
@@ -74,6 +78,23 @@ def push_folder(
         ).commit_url
 
     return _persist(commit, repo_id)
+
+
+def _files(folder):
+    """Path in the repository → file, of what is pushed."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    names = [*filter_repo_objects(paths, ignore_patterns=list(_NOT_PUSHED))]
+    names += filter_repo_objects(paths, allow_patterns=[".eval_results/*.yaml"])
+    return {name: paths[name] for name in names}
+
+
+def _validate_card(card):
+    """Asks the Hub whether it takes the card's metadata."""
+    text = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
+    try:
+        ModelCard(text).validate()
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"the metadata at the head of README.md is refused: {error}. Nothing was pushed") from error
 
 
 def check_folder(folder: Path) -> None:
@@ -102,7 +123,9 @@ def check_folder(folder: Path) -> None:
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     missing = [name for name in (*files, "processor_config.json", "README.md") if not (folder / name).is_file()]
     if missing:
-        raise ValueError(f"{folder} is not complete: there is no {', '.join(missing)}. Train or convert it again")
+        only_card = missing == ["README.md"] and (folder / "card.json").is_file()
+        remedy = f"Write it by `gcl card {folder}`" if only_card else "Train or convert it again"
+        raise ValueError(f"{folder} is not complete: there is no {', '.join(missing)}. {remedy}")
 
 
 def check_may_push(repo_id: str, token: str | None = None) -> str:
