@@ -103,11 +103,12 @@ def render(facts: CardFacts) -> str:
     environment.filters |= {"cell": cell, "duration": duration, "thousands": lambda number: f"{number:,}"}
     results = {"before": facts.results_before, "after": facts.results_after}
     results = {name: result for name, result in results.items() if result is not None}
+    pictures = [name for name in dict.fromkeys((*PICTURES, *facts.pictures)) if name in facts.pictures]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         facts=facts,
         loss=LOSSES.get(facts.loss),
         recipe_yaml=yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True).strip(),
-        pictures=[(PICTURES.get(name, name.replace("_", " ")), path) for name, path in facts.pictures.items()],
+        pictures=[(PICTURES.get(name, name.replace("_", " ")), facts.pictures[name]) for name in pictures],
         total_pairs=sum(source.pairs for source in facts.data),
         table=nine_way_markdown(results) if results else "",
         top10_columns=list(results),
