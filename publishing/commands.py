@@ -45,7 +45,7 @@ def centring(
 
     from evaluation.centring import estimate_modality_means
     from modeling_gcl import GCLModel, GCLProcessor
-    from publishing.hub_folder import base_model_ids, read_facts, write_conversion
+    from publishing.hub_folder import base_model_ids, read_facts, shown_name, write_conversion
     from publishing.model_folder import save_model_folder
     from publishing.new_folder import check_is_new, new_folder
     from retrieval.processes import own_device
@@ -57,13 +57,11 @@ def centring(
     encoder.to(own_device())
     pairs = load_pairs(SourceArguments(data, split=split, limit=limit))
     estimate_modality_means(encoder, processor, pairs, batch_size=batch_size, show_progress=sys.stderr.isatty())
-    source = None if Path(data).is_absolute() or Path(data).exists() else data
     done = (
-        f"Its weights are unchanged; the modality means of {len(pairs):,} pairs of {source or Path(data).name} lie "
+        f"Its weights are unchanged; the modality means of {len(pairs):,} pairs of {shown_name(data)} lie "
         "beside them, and `AutoModel.from_pretrained(..., centring=True)` subtracts them (GR-CLIP, arXiv 2507.19054)."
     )
-    origin = {"base_model": Path(model).resolve().name if Path(model).is_dir() else model}
-    origin["base_model_ids"] = base_model_ids(model)
+    origin = {"base_model": shown_name(model), "base_model_ids": base_model_ids(model)}
     if (Path(model) / "card.json").is_file():
         told = read_facts(Path(model))
         origin |= {"licence": told.licence, "licence_note": told.licence_note}
@@ -146,6 +144,21 @@ def to_clip(
     typer.echo(convert_to_clip(model, out, revision=revision))
 
 
+@app.command("merge")
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter that training saved: MODEL/adapter.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of its base.", show_default="the one that the adapter names")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a base on the Hub.")] = None,
+):
+    """A LoRA adapter and its base as one model."""
+    from publishing.adapter import merge_adapter
+
+    typer.echo(merge_adapter(adapter, out, base=base, revision=revision))
+
+
 @app.command("onnx")
 def onnx(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")],
@@ -183,8 +196,16 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to instead of main.")] = None,
     message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a GCL model",
+    adapter_base: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub id of the base of the folder's adapter.",
+            show_default="the one it names; a base that is a folder is pushed to REPO_ID-base",
+        ),
+    ] = None,
 ):
     """Push a model folder to the Hub in one commit, with the token of `hf auth login` or HF_TOKEN."""
     from publishing.push import push_folder
 
-    typer.echo(push_folder(folder, repo_id, private=private, revision=revision, message=message))
+    options = {"private": private, "revision": revision, "message": message, "adapter_base_id": adapter_base}
+    typer.echo(push_folder(folder, repo_id, **options))

@@ -30,8 +30,10 @@ from modeling_gcl import GCLModel, GCLProcessor
 from publishing.benchmarks import OURS, benchmark_name, eval_result_files, read_benchmark, without_folders
 from publishing.card_facts import CardFacts, check_hub_id
 from publishing.model_card import card_text
+from retrieval.adapters import adapter_base
 from retrieval.fingerprint import model_fingerprint
 
+ADAPTER_FOLDER = "adapter"
 _ELSEWHERE = ("recipe", "environment", "data", "results_before", "results_after", "adapter_base", "benchmarks")
 
 
@@ -78,7 +80,7 @@ def write_hub_folder(
     write_text(folder / "recipe.yaml", recipe_text)
     write_text(folder / "data.json", json_text([asdict(source) for source in facts.data], "data.json"))
     write_text(folder / "results.json", json_text(results, "results.json"))
-    write_card(folder, replace(facts, pictures=paths, adapter_base=adapter_base(folder)))
+    write_card(folder, replace(facts, pictures=paths, adapter_base=_adapter_base(folder)))
     return folder
 
 
@@ -162,7 +164,7 @@ def read_facts(folder: Path) -> CardFacts:
             told["data"] = _read_json(folder / "data.json")
             told["results_before"], told["results_after"] = results.get("before"), results.get("after")
         benchmarks = [_read_json(path) for path in sorted((folder / "benchmarks").glob("*.json"))]
-        return CardFacts(**told, adapter_base=adapter_base(folder), benchmarks=benchmarks)
+        return CardFacts(**told, adapter_base=_adapter_base(folder), benchmarks=benchmarks)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(
             f"{folder}: the facts of its card can't be read ({error}). Train or convert it again"
@@ -217,17 +219,24 @@ def rewrite_card(
     return write_card(folder, facts)
 
 
-def files_for(folder: Path, repo_id: str) -> dict[str, str]:
+def files_for(folder: Path, repo_id: str, base_id: str | None = None) -> dict[str, str]:
     """Path → text of what is pushed instead of what the folder holds: the card that loads `repo_id`. One that was
-    changed by hand is kept, with the id in the place of the old name; a folder without facts is pushed as it is."""
+    changed by hand is kept, with the id in the place of the old name; a folder without facts is pushed as it is.
+    `base_id`: where the base of its adapter is on the Hub."""
     if not (folder / "card.json").is_file():
         return {}
     facts = read_facts(folder)
-    files = card_files(replace(facts, model_name=repo_id, on_hub=True, title=repo_id.split("/")[-1]))
+    on_hub = {"model_name": repo_id, "on_hub": True, "title": repo_id.split("/")[-1]}
+    files = card_files(replace(facts, **on_hub, adapter_base=base_id or facts.adapter_base))
     if is_edited(folder):
         text = (folder / "README.md").read_text(encoding="utf-8")
         files["README.md"] = text.replace(f'"{facts.model_name}"', f'"{repo_id}"')
     return files
+
+
+def shown_name(path: str) -> str:
+    """A path or id on the card. Of an absolute path only the name: the rest is the user's own business."""
+    return Path(path).name if Path(path).is_absolute() else path
 
 
 def local_name(folder: str | Path) -> str:
@@ -241,12 +250,6 @@ def base_model_ids(encoder: str) -> list[str]:
     if not Path(encoder).exists():
         return [encoder]
     return read_facts(Path(encoder)).base_model_ids if (Path(encoder) / "card.json").is_file() else []
-
-
-def adapter_base(folder: Path) -> str | None:
-    """The model that the adapter in `adapter/` sits on, if there is one."""
-    config = folder / "adapter" / "adapter_config.json"
-    return _read_json(config)["base_model_name_or_path"] if config.is_file() else None
 
 
 def copy_picture(folder: Path, name: str, picture: Path) -> str:
@@ -273,6 +276,10 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", newline="\n")
     os.replace(partial, path)
+
+
+def _adapter_base(folder):
+    return adapter_base(folder / ADAPTER_FOLDER) if (folder / ADAPTER_FOLDER).is_dir() else None
 
 
 def _read_json(path):

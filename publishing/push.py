@@ -1,9 +1,11 @@
 """A saved folder onto the Hub: complete or not at all.
 
-Files are uploaded first, then one commit makes them visible, on top of the commit that was seen at the start: others
-never see half of an update, and what someone else pushed meanwhile is not overwritten. Weights, code and benchmarks
-that the folder no longer holds are removed in the same commit; other files of the repository stay. The card that is
-pushed loads the id that it is pushed to; the folder stays as it was.
+- Files are uploaded first, then one commit makes them visible, on top of the commit that was seen at the start: others
+  never see half of an update, and what someone else pushed meanwhile is not overwritten. Weights, code, adapter and
+  benchmarks that the folder no longer holds are removed in the same commit; other files of the repository stay.
+- An adapter is pushed with the model that it was merged into, and names its base by a Hub id: a base that is a folder
+  here is pushed first, to a repository of its own.
+- The card that is pushed loads the id that it is pushed to; the folder stays as it was.
 """
 
 import json
@@ -13,19 +15,27 @@ from pathlib import Path
 
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from publishing.benchmarks import OURS
 from publishing.card_facts import check_hub_id
-from publishing.hub_folder import files_for
+from publishing.hub_folder import ADAPTER_FOLDER, files_for
+from retrieval.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE,
+    adapter_base,
+    read_base_checksums,
+    weight_checksums,
+)
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
 FIRST_WAIT = 2.0  # seconds; doubled each time, unless the Hub says how long
 LONGEST_WAIT = 300.0
-_STALE = ("*.safetensors", "*.safetensors.index.json", "*.py", "benchmarks/*.json", OURS)
+_STALE = ("*.safetensors", "*.safetensors.index.json", "*.py", f"{ADAPTER_FOLDER}/*", "benchmarks/*.json", OURS)
 _NOT_PUSHED = ("checkpoint-*/**", "runs/**", "*.partial", ".*", "**/.*", "**/__pycache__/**")
 _TRY_LATER = (408, 409, 425, 429, 500, 502, 503, 504)
 
@@ -37,6 +47,7 @@ def push_folder(
     private: bool = False,
     revision: str | None = None,
     message: str = "Upload a GCL model",
+    adapter_base_id: str | None = None,
     token: str | None = None,
 ) -> str:
     """
@@ -46,6 +57,8 @@ def push_folder(
         repo_id: `"org/name"`; made if it is not there.
         private: of a repository that is made now.
         revision: branch to commit to instead of main; made if it is not there.
+        adapter_base_id: where the base of the folder's adapter is on the Hub, or is pushed to; by default the id that
+            the adapter names, or `<repo_id>-base` where it names a folder.
         token: by default that of `hf auth login`, or HF_TOKEN.
 
     Returns:
@@ -53,15 +66,20 @@ def push_folder(
 
     Raises:
         ValueError: no model folder, or one that lacks files; no token, or one that may not write there; a model card
-            that the Hub refuses; the repository changed meanwhile. Nothing has changed on the Hub then.
+            that the Hub refuses; an adapter for another base than that on the Hub; the repository changed meanwhile.
+            Nothing has changed on the Hub then.
         ConnectionError: the Hub could not be reached, or refused, ATTEMPTS times. Nothing has changed on it.
     """
     folder = Path(folder)
     check_folder(folder)
     token = check_may_push(repo_id, token)
-    files = _files(folder) | {name: text.encode() for name, text in files_for(folder, repo_id).items()}
-    _persist(lambda: _validate_card(files["README.md"]), repo_id)
+    _persist(lambda: _validate_card(_files(folder, repo_id)["README.md"]), repo_id)
     api = HfApi(token=token)
+    base_id, changed = None, {}
+    if (folder / ADAPTER_FOLDER).is_dir():
+        base_id = _base_on_hub(folder / ADAPTER_FOLDER, adapter_base_id, repo_id, private, api)
+        changed[f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}"] = _with_base(folder / ADAPTER_FOLDER, base_id)
+    files = _files(folder, repo_id, base_id) | changed
     _persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
     if revision is not None:
         _persist(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
@@ -80,12 +98,13 @@ def push_folder(
     return _persist(commit, repo_id)
 
 
-def _files(folder):
-    """Path in the repository → file, of what is pushed."""
+def _files(folder, repo_id, base_id=None):
+    """Path in the repository → file or bytes, of what is pushed."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     names = [*filter_repo_objects(paths, ignore_patterns=list(_NOT_PUSHED))]
     names += filter_repo_objects(paths, allow_patterns=[".eval_results/*.yaml"])
-    return {name: paths[name] for name in names}
+    changed = {name: text.encode() for name, text in files_for(folder, repo_id, base_id).items()}
+    return {name: paths[name] for name in names} | changed
 
 
 def _validate_card(card):
@@ -95,6 +114,48 @@ def _validate_card(card):
         ModelCard(text).validate()
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(f"the metadata at the head of README.md is refused: {error}. Nothing was pushed") from error
+
+
+def _base_on_hub(adapter, base_id, repo_id, private, api):
+    """Hub id of an adapter's base, which holds the weights that the adapter was trained on; pushed if need be."""
+    base, checksums = adapter_base(adapter), read_base_checksums(adapter)
+    folder = Path(base) if Path(base).is_absolute() else None
+    base_id = base_id or (f"{repo_id}-base" if folder else base)
+    held = _persist(lambda: _weights_on_hub(api, base_id), base_id)
+    if held is None and folder is None:
+        raise ValueError(
+            f"{base_id}, the base of the adapter in {adapter}, is not on the Hub: name it by --adapter-base"
+        )
+    if held is None:
+        if not folder.is_dir():
+            raise ValueError(
+                f"the base of the adapter in {adapter}, {folder}, is gone: name one on the Hub by --adapter-base, or "
+                f"remove {adapter} to push the merged model alone"
+            )
+        if weight_checksums(folder) != checksums:
+            raise ValueError(f"the adapter in {adapter} is for another base than {folder} holds now: train it again")
+        push_folder(folder, base_id, private=private, message=f"Upload the base of {repo_id}", token=api.token)
+    elif held != checksums:
+        raise ValueError(
+            f"the adapter in {adapter} is for another base than {base_id} on the Hub: name the right one, or a new "
+            "repository for it, by --adapter-base"
+        )
+    return base_id
+
+
+def _weights_on_hub(api, repo_id):
+    """SHA-256 of each weight file of a repository, by name; None where there is no such repository."""
+    try:
+        files = [item for item in api.list_repo_tree(repo_id) if getattr(item, "lfs", None)]
+    except RepositoryNotFoundError:
+        return None
+    return {file.path: file.lfs.sha256 for file in files if file.path.endswith(".safetensors")}
+
+
+def _with_base(adapter, base_id):
+    """The adapter's configuration as it is pushed: with a base that others can load."""
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return json.dumps(config | {"base_model_name_or_path": base_id}, indent=2, sort_keys=True).encode()
 
 
 def check_folder(folder: Path) -> None:
@@ -122,6 +183,12 @@ def check_folder(folder: Path) -> None:
     if index.is_file():
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     missing = [name for name in (*files, "processor_config.json", "README.md") if not (folder / name).is_file()]
+    if (folder / ADAPTER_FOLDER).is_dir():
+        missing += [
+            f"{ADAPTER_FOLDER}/{name}"
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE)
+            if not (folder / ADAPTER_FOLDER / name).is_file()
+        ]
     if missing:
         only_card = missing == ["README.md"] and (folder / "card.json").is_file()
         remedy = f"Write it by `gcl card {folder}`" if only_card else "Train or convert it again"
