@@ -73,7 +73,7 @@ def push_folder(
     folder = Path(folder)
     check_folder(folder)
     token = check_may_push(repo_id, token)
-    _persist(lambda: _validate_card(_files(folder, repo_id)["README.md"]), repo_id)
+    _check_card(_files(folder, repo_id)["README.md"])
     api = HfApi(token=token)
     base_id, changed = None, {}
     if (folder / ADAPTER_FOLDER).is_dir():
@@ -91,9 +91,11 @@ def push_folder(
         stale = [name for name in filter_repo_objects(held, allow_patterns=list(_STALE)) if name not in files]
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
         operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
-        return api.create_commit(
-            repo_id, operations, commit_message=message, revision=revision, parent_commit=seen
-        ).commit_url
+        options = {"commit_message": message, "revision": revision, "parent_commit": seen}
+        try:
+            return api.create_commit(repo_id, operations, **options).commit_url
+        except ValueError as error:  # of the card's metadata; what else the Hub says is no ValueError
+            raise ValueError(f"{repo_id} was not pushed: {error}. Nothing has changed on the Hub") from error
 
     return _persist(commit, repo_id)
 
@@ -107,13 +109,13 @@ def _files(folder, repo_id, base_id=None):
     return {name: paths[name] for name in names} | changed
 
 
-def _validate_card(card):
-    """Asks the Hub whether it takes the card's metadata."""
+def _check_card(card):
+    """What huggingface_hub makes of it; the Hub itself is asked by `create_commit`, before it uploads anything."""
     text = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
     try:
-        ModelCard(text).validate()
+        ModelCard(text)
     except (ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"the metadata at the head of README.md is refused: {error}. Nothing was pushed") from error
+        raise ValueError(f"the metadata at the head of README.md can't be read: {error}. Nothing was pushed") from error
 
 
 def _base_on_hub(adapter, base_id, repo_id, private, api):

@@ -133,12 +133,13 @@ def test_what_the_hub_refuses_changes_nothing_and_says_what_to_do(hub, push, fol
 
 def test_a_card_that_the_hub_refuses_is_not_pushed(hub, push, folder):
     hub.fail("POST", "/api/validate-yaml", 400)
-    with pytest.raises(ValueError, match="head of README.md is refused.*Nothing was pushed"):
+    with pytest.raises(ValueError, match="(?s)Invalid metadata in README.md.*Nothing has changed on the Hub"):
         push(folder)
+    assert list(pushed(hub)) == []
     (folder / "README.md").write_text("---\ntags: [\n---\n")
-    with pytest.raises(ValueError, match="head of README.md is refused"):
-        push(folder)
-    assert hub.repos == {}
+    with pytest.raises(ValueError, match="(?s)head of README.md can't be read.*Nothing was pushed"):
+        push(folder, "org/other")
+    assert set(hub.repos) == {"org/clip-gcl"}
 
 
 def test_evaluation_results_go_along_and_old_ones_leave(hub, push, folder):
