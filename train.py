@@ -202,6 +202,8 @@ def save(trainer, folder):
         if trainer.is_world_process_zero():
             save_model_folder(folder, model, processor, state_dict=weights)
         return
+    # without the autocast of mixed precision around its forward, in which nothing is equal to 1e-5
+    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if trainer.is_world_process_zero():
         config = model.peft_config["default"]
         checksums = weight_checksums(config.base_model_name_or_path, config.revision)

@@ -234,7 +234,7 @@ def test_lora_saves_adapter_and_merged_model(recipe, tmp_path, capsys):
     assert 'AutoModel.from_pretrained("org/tiny-base"' in pushed and str(out) not in pushed.split("## Training")[0]
 
     again = ["--encoder", str(out / "base"), "--output_dir", str(tmp_path / "again"), "--eval_on_start", "false"]
-    train.main([str(recipe), "--fusion", "null", "--learning_rate", "1e-2", "--peft.use_dora", *again])
+    train.main([str(recipe), "--fusion", "null", "--learning_rate", "1e-2", "--peft.use_dora", "--bf16", *again])
     assert not (tmp_path / "again" / "base").exists()
     config = json.loads((tmp_path / "again" / "model" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(out / "base") and config["use_dora"]
