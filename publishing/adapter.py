@@ -10,11 +10,11 @@ import torch
 
 from modeling_gcl import GCLModel, GCLProcessor
 from modeling_gcl.fusion_gcl import drawn_pairs
+from publishing.hub_folder import ADAPTER_FOLDER, base_model_ids, shown_name, write_conversion
 from publishing.model_folder import save_model_folder
 from publishing.new_folder import check_is_new, new_folder
 from retrieval.adapters import adapter_base, load_adapter, save_adapter
 
-ADAPTER_FOLDER = "adapter"
 TOLERANCE = 1e-5  # of coordinates of unit vectors in float32
 
 
@@ -74,9 +74,13 @@ def merge_adapter(adapter: str | Path, out: str | Path, base: str | None = None,
     """
     check_is_new(Path(out))
     merged = load_adapter(adapter, base, revision).merge_and_unload()
-    processor = GCLProcessor.from_encoder(base or adapter_base(Path(adapter)), revision=revision)
+    base = base or adapter_base(Path(adapter))
+    processor = GCLProcessor.from_encoder(base, revision=revision)
+    origin = {"base_model": shown_name(base), "base_model_ids": base_model_ids(base)}
+    done = f"The LoRA adapter {shown_name(str(adapter))} is merged into its weights."
     with new_folder(Path(out)) as folder:
         save_model_folder(folder, merged, processor)
+        write_conversion(folder, out=Path(out), model=merged, processor=processor, conversion=done, **origin)
     return Path(out)
 
 

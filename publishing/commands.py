@@ -1,5 +1,5 @@
 """`gcl convert`: other checkpoints into folders that GCL starts from, own test data into M-BEIR's layout, models into
-other forms and a Space. `gcl push`: a folder onto the Hub."""
+other forms and a Space. `gcl card`: a folder's model card anew. `gcl push`: a folder onto the Hub."""
 
 import sys
 from pathlib import Path
@@ -47,6 +47,7 @@ def centring(
 
     from evaluation.centring import estimate_modality_means
     from modeling_gcl import GCLModel, GCLProcessor
+    from publishing.hub_folder import base_model_ids, read_facts, shown_name, write_conversion
     from publishing.model_folder import save_model_folder
     from publishing.new_folder import check_is_new, new_folder
     from retrieval.processes import own_device
@@ -58,8 +59,17 @@ def centring(
     encoder.to(own_device())
     pairs = load_pairs(SourceArguments(data, split=split, limit=limit))
     estimate_modality_means(encoder, processor, pairs, batch_size=batch_size, show_progress=sys.stderr.isatty())
+    done = (
+        f"Its weights are unchanged; the modality means of {len(pairs):,} pairs of {shown_name(data)} lie "
+        "beside them, and `AutoModel.from_pretrained(..., centring=True)` subtracts them (GR-CLIP, arXiv 2507.19054)."
+    )
+    origin = {"base_model": shown_name(model), "base_model_ids": base_model_ids(model)}
+    if (Path(model) / "card.json").is_file():
+        told = read_facts(Path(model))
+        origin |= {"licence": told.licence, "licence_note": told.licence_note}
     with new_folder(out) as folder:
         save_model_folder(folder, encoder, processor)
+        write_conversion(folder, out=out, model=encoder, processor=processor, conversion=done, **origin)
     typer.echo(out)
 
 
@@ -200,6 +210,25 @@ def space(
         show_progress=True,
     )
     typer.echo(report)
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(help="Model folder that training or a converter saved.")],
+    repo_id: Annotated[
+        str | None, typer.Option("--id", help="ORGANISATION_OR_USER/NAME that the card's snippets load.")
+    ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="results.json of `gcl evaluate` on this model; may be given several times. Kept in FOLDER."),
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Of the weights, as the Hub spells it, such as mit or apache-2.0.")
+    ] = None,
+):
+    """Write the model card of a folder anew, with benchmarks measured since."""
+    from publishing.hub_folder import rewrite_card
+
+    typer.echo(rewrite_card(folder, repo_id=repo_id, results=results or [], licence=licence))
 
 
 def push(

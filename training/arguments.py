@@ -109,6 +109,8 @@ class DataArguments:
         max_text_length (`int`, *optional*):
             Captions are cut to this number of tokens. It is stored in the processor that is saved with the model, so
             that training and `encode` cut alike. By default the limit of the encoder's own processor or tokenizer.
+        languages (`list[str]`, *optional*, defaults to `[]`):
+            Languages of the captions for the model card, ISO 639 codes: `[en]`.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -121,6 +123,7 @@ class DataArguments:
     crop_scale: list[float] | None = field(default_factory=lambda: [0.9, 1.0])
     horizontal_flip: bool = False
     max_text_length: int | None = None
+    languages: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         if not self.train:
