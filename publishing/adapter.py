@@ -24,7 +24,7 @@ def save_with_adapter(folder: str | Path, peft_model, processor: GCLProcessor, b
 
     Args:
         folder: as for `save_model_folder`.
-        peft_model: `peft.PeftModel` over a [`GCLModel`]; merged in place.
+        peft_model: `peft.PeftModel` over a [`GCLModel`]; merged in place, unless it is held in 4 bits.
         processor: the model's.
         base_checksums: of the adapter's base, from `retrieval.adapters.weight_checksums`.
 
@@ -35,13 +35,15 @@ def save_with_adapter(folder: str | Path, peft_model, processor: GCLProcessor, b
         ValueError: training changed nothing, or what was saved is not what was trained.
     """
     folder = Path(folder)
+    save_adapter(folder / ADAPTER_FOLDER, peft_model, base_checksums)
+    if getattr(peft_model.get_base_model(), "is_quantized", False):  # merged is what the adapter makes of its base in full precision
+        peft_model = load_adapter(folder / ADAPTER_FOLDER).to(peft_model.device)
     peft_model.eval()
     trained = _embed(peft_model, processor)
     with peft_model.disable_adapter():
         change = (_embed(peft_model, processor) - trained).abs().max().item()
     if change == 0:
         raise ValueError("training has changed nothing: the adapted model embeds as its base. Raise learning_rate")
-    save_adapter(folder / ADAPTER_FOLDER, peft_model, base_checksums)
     merged = peft_model.merge_and_unload()
     save_model_folder(folder, merged, processor)
     reloaded = {

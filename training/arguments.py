@@ -167,6 +167,9 @@ class LoraArguments:
             Rank-stabilised scaling (arXiv 2312.03732), for high ranks.
         use_dora (`bool`, *optional*, defaults to `False`):
             Weight-decomposed adapters (DoRA, arXiv 2402.09353): a learned magnitude beside the direction; slower.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Hold the frozen weights in 4 bits, NF4, while training (QLoRA, arXiv 2305.14314), and compute in bfloat16.
+            For one GPU; needs bitsandbytes. What is saved is the adapter, and the float32 base with it merged.
         image_targets, text_targets (`str`, *optional*):
             Regular expression for the layers of a tower and its projection that get an adapter, found anywhere in
             their names, as in `q_proj|v_proj` or `layers\\.(10|11)\\.`. Linear layers and convolutions can have one.
@@ -182,6 +185,7 @@ class LoraArguments:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+    load_in_4bit: bool = False
     image_targets: str | None = None
     text_targets: str | None = None
 
