@@ -36,7 +36,7 @@ def save_with_adapter(folder: str | Path, peft_model, processor: GCLProcessor, b
     """
     folder = Path(folder)
     save_adapter(folder / ADAPTER_FOLDER, peft_model, base_checksums)
-    if getattr(peft_model.get_base_model(), "is_quantized", False):  # merged is what the adapter makes of its base in full precision
+    if getattr(peft_model.get_base_model(), "is_quantized", False):  # merged it is with the base in full precision
         peft_model = load_adapter(folder / ADAPTER_FOLDER).to(peft_model.device)
     peft_model.eval()
     trained = _embed(peft_model, processor)
