@@ -28,6 +28,11 @@ def check_parallelism(arguments, accelerator, model):
             f"{arguments.n_gpu} GPUs are visible to one process. Launch one process per GPU: "
             f"accelerate launch --num_processes {arguments.n_gpu} train.py ... (or set CUDA_VISIBLE_DEVICES=0)"
         )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched > 1 and arguments.world_size == 1:  # so accelerate takes processes that find no GPU
+        raise ValueError(
+            f"{launched} processes were launched, but each would train alone: there is no GPU here. Add --use_cpu"
+        )
     kind = accelerator.distributed_type
     if kind in (DistributedType.XLA, DistributedType.MEGATRON_LM):
         raise ValueError(f"{kind.value} is not supported: {CONFIGS}")

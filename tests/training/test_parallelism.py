@@ -16,7 +16,9 @@ def check(monkeypatch, kind=DistributedType.MULTI_GPU, world_size=2, n_gpu=1, pa
         distributed_type=kind, parallelism_config=parallelism, state=SimpleNamespace(**state),
         mixed_precision=settings.pop("mixed_precision", "no"),
     )  # fmt: skip
-    arguments = GCLTrainingArguments(output_dir="unused", use_cpu=True, **settings)
+    with monkeypatch.context() as alone:  # accelerate would look for the processes of a launch
+        alone.delenv("WORLD_SIZE", raising=False)
+        arguments = GCLTrainingArguments(output_dir="unused", use_cpu=True, **settings)
     monkeypatch.setattr(GCLTrainingArguments, "world_size", world_size)
     monkeypatch.setattr(GCLTrainingArguments, "n_gpu", n_gpu)
     check_parallelism(arguments, accelerator, model)
@@ -30,6 +32,13 @@ def fsdp(version=2, **settings):
 def zero(stage=1, device="none", **config):
     plugin = SimpleNamespace(zero_stage=stage, offload_optimizer_device=device, deepspeed_config=config)
     return {"deepspeed_plugin": plugin}
+
+
+def test_processes_that_would_each_train_alone_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="^2 processes were launched.*--use_cpu"):
+        check(monkeypatch, DistributedType.NO, world_size=1)
+    check(monkeypatch, DistributedType.MULTI_CPU)
 
 
 def test_what_works_is_let_through(monkeypatch):
