@@ -129,9 +129,3 @@ def test_the_page(found_and_expected):
     for name in ("adapted_embeds", "auto_embeds"):
         torch.testing.assert_close(found[name], expected["tuned-by-lora"][[0, 2, 4]], atol=1e-5, rtol=0)
     torch.testing.assert_close(F.normalize(found["clip_text"]), expected["tuned-clip"][:1], atol=1e-6, rtol=0)
-
-
-def test_links_within_the_page():
-    headings = {line[3:].lower().replace(" ", "-") for line in PAGE.splitlines() if line.startswith("## ")}
-    for anchor in re.findall(r"\(#([^)]+)\)", PAGE):
-        assert anchor in headings
