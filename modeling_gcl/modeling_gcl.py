@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, logging
 
+from .adapters_gcl import WholeAdapters
 from .backbone_gcl import (
     build_backbone,
     check_is_dual_encoder,
@@ -54,7 +55,7 @@ class GCLOutput(ModelOutput):
     logit_scale: torch.Tensor | None = None
 
 
-class GCLPreTrainedModel(PreTrainedModel):
+class GCLPreTrainedModel(WholeAdapters, PreTrainedModel):
     config_class = GCLConfig
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
