@@ -24,8 +24,8 @@ class WholeAdapters:
             missing -= _load_whole_modules(self, missing, peft_model_id, adapter_kwargs or {})
         if missing:
             raise ValueError(
-                f"the adapter lacks {len(missing)} weights of the model's, such as {min(missing)}: it is damaged, or for "
-                "another model"
+                f"the adapter lacks {len(missing)} weights of the model's, such as {min(missing)}: it is damaged, or "
+                "for another model"
             )
         return report
 
