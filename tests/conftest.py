@@ -2,6 +2,7 @@
 
 import shutil
 
+import caches  # noqa: F401, first of all
 import huggingface_hub
 import pytest
 import torch
