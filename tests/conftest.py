@@ -3,6 +3,7 @@
 import shutil
 
 import caches  # noqa: F401, first of all
+import deprecations  # noqa: F401
 import huggingface_hub
 import pytest
 import torch
