@@ -17,15 +17,20 @@ from evaluation.pairs import evaluate_embeddings
 from evaluation.plots import modality_pca, nine_way_heatmap, training_curves
 from evaluation.report import nine_way_table
 from evaluation.result_sheet import result_sheet
-from modeling_gcl import GCLModel, GCLProcessor, ImageError, load_image
+from modeling_gcl import GCLConfig, GCLModel, GCLProcessor, ImageError, load_image
+from modeling_gcl.backbone_gcl import model_type_of
+from publishing.adapter import save_with_adapter
 from publishing.hub_folder import write_hub_folder
 from publishing.model_card import CardFacts, DataSource
 from publishing.model_folder import save_model_folder
 from publishing.push import check_may_push, push_folder
+from retrieval.adapters import weight_checksums
 from retrieval.failures import failing_together, stop
 from retrieval.sources import read_source
 from training.data import PairCollator, build_dataset
 from training.freezing import freeze_parts, parameter_counts, parameter_table
+from training.lora import add_lora
+from training.memory import peak_memory
 from training.preprocessing import choose_preprocessing
 from training.recipe import parse_recipe
 from training.trainer import GCLTrainer, headline_metrics
@@ -62,6 +67,28 @@ def build_model(arguments, max_text_length):
     return model, processor
 
 
+def build_lora(recipe, model, processor):
+    """The model with adapters. They sit on the recipe's encoder if that is a GCL checkpoint which the recipe leaves as
+    it is, else on a GCL folder of the model as it is now, `<output_dir>/base`."""
+    base, revision = recipe.model.encoder, recipe.model.revision
+    if not is_unchanged(recipe.model):
+        base, revision = (Path(recipe.training.output_dir) / "base").absolute(), None
+        with recipe.training.main_process_first():
+            if recipe.training.process_index == 0:
+                save_model_folder(base, model, processor)
+    elif Path(base).exists():
+        base = Path(base).absolute()
+    return add_lora(model, recipe.peft, str(base), revision)
+
+
+def is_unchanged(arguments):
+    """Whether a recipe's `model:` section means a GCL checkpoint just as it is stored."""
+    overrides = (arguments.fusion, arguments.text_pooling, arguments.logit_scale_init, arguments.max_logit_scale)
+    if model_type_of(arguments.encoder, arguments.revision) != GCLConfig.model_type or overrides != (None,) * 4:
+        return False
+    return not GCLConfig.from_pretrained(arguments.encoder, revision=arguments.revision).centring
+
+
 def fusion_line(config):
     """The fusion rule and what it was chosen by, for the log."""
     if config.tower_norms is None:
@@ -81,6 +108,8 @@ def build_trainer(recipe):
     set_seed(arguments.seed)
     model, processor = build_model(recipe.model, data.max_text_length)
     preprocessing, how_preprocessed = choose_preprocessing(processor.image_processor)
+    if recipe.peft is not None:
+        model = build_lora(recipe, model, processor)
     if preprocessing is not None:  # pixels travel as uint8, a quarter of the bytes, and are normalised on the device
         model.register_forward_pre_hook(preprocessing.normalize_input, with_kwargs=True)
     train_dataset, train_reports = build_dataset(data, seed=arguments.seed, preprocessing=preprocessing)
@@ -132,23 +161,41 @@ def main(argv):
         before = evaluate(trainer) if evaluated and arguments.eval_on_start else None
         # on_start is done: Trainer would evaluate a second time
         arguments.eval_on_start = False
+        parameters = parameter_counts(trainer.model)  # now: merged adapters are gone
         trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
-        weights = trainer.accelerator.get_state_dict(trainer.model)  # on every rank: sharded ones are gathered
-        if trainer.is_world_process_zero():  # before anything else can fail
-            save_model_folder(folder, trainer.model, trainer.processing_class, state_dict=weights)
+        memory = peak_memory(arguments.device)
+        save(trainer, folder)  # before anything else can fail
         broken_images = trainer.gather_broken_images()
         after = evaluate(trainer) if evaluated else None
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         stop(error)
     if trainer.is_world_process_zero():
         results = write_results(
-            folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment, repo_id
-        )
+            folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment, repo_id,
+            parameters, memory,
+        )  # fmt: skip
         report_to_user(folder, results, time.time() - started)
         if repo_id is not None:
             push(folder, repo_id, arguments)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
+
+
+def save(trainer, folder):
+    """The trained model onto disk. With LoRA its adapter too, and the merged model takes the trainer's place: what is
+    measured next is what was saved."""
+    model, processor = trainer.model, trainer.processing_class
+    if not hasattr(model, "peft_config"):
+        weights = trainer.accelerator.get_state_dict(model)  # on every rank: sharded ones are gathered
+        if trainer.is_world_process_zero():
+            save_model_folder(folder, model, processor, state_dict=weights)
+        return
+    if trainer.is_world_process_zero():
+        config = model.peft_config["default"]
+        checksums = weight_checksums(config.base_model_name_or_path, config.revision)
+        trainer.model = save_with_adapter(folder, model, processor, checksums)
+    else:
+        trainer.model = model.merge_and_unload()
 
 
 def evaluate(trainer):
@@ -160,8 +207,9 @@ def evaluate(trainer):
 
 
 def write_results(
-    folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment, repo_id
-):
+    folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment, repo_id, parameters,
+    memory,
+):  # fmt: skip
     """Everything a saved folder holds beside model and processor; returns what `results.json` says."""
     arguments = recipe.training
     history = trainer.state.log_history
@@ -174,7 +222,8 @@ def write_results(
         "recipe": recipe.settings,
         "environment": environment,
         "train_runtime": runtime,
-        "parameters": parameter_counts(trainer.model),
+        "peak_memory": memory,
+        "parameters": parameters,
         "data": [asdict(report) for report in train_reports],
         "eval_data": eval_report and asdict(eval_report),
         "broken_images": broken_images,

@@ -85,7 +85,7 @@ def measure_tower_norms(model, processor):
     Returns:
         `dict[str, float]`: `"image"` and `"text"`.
     """
-    images, texts = zip(*_drawn_pairs())
+    images, texts = zip(*drawn_pairs())
     inputs = processor(images=list(images), text=list(texts), return_tensors="pt").to(model.device)
     training = model.training
     model.eval()
@@ -111,7 +111,8 @@ def choose_fusion(model, processor):
     logger.info(f"fusion={model.config.fusion!r}: mean lengths of the towers' features are {model.config.tower_norms}")
 
 
-def _drawn_pairs():
+def drawn_pairs():
+    """Twelve (image, caption) pairs, for whoever needs inputs and has no data."""
     for colour in ("red", "green", "blue"):
         for shape in ("circle", "square", "triangle", "cross"):
             image = Image.new("RGB", (256, 256), "white")

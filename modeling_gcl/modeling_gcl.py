@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -186,12 +187,15 @@ class GCLModel(GCLPreTrainedModel):
         return {"image": self.encoder.vision_model, "text": self.encoder.text_model}
 
     def train(self, mode=True):
-        """As `nn.Module.train`, but a tower or projection that is frozen whole stays in eval mode: its dropout and
-        batch statistics must not move."""
+        """As `nn.Module.train`, but what is frozen stays in eval mode: dropout of a tower or projection that is frozen
+        whole, and batch statistics beside weights that are frozen, as all are under LoRA."""
         super().train(mode)
         for part in self.encoder.children():
             if not any(parameter.requires_grad for parameter in part.parameters()):
                 part.eval()
+        for module in self.encoder.modules():
+            if isinstance(module, _BatchNorm) and not any(weight.requires_grad for weight in module.parameters()):
+                module.eval()
         return self
 
     def get_image_features(self, pixel_values, pixel_attention_mask=None, spatial_shapes=None, **kwargs):

@@ -134,6 +134,21 @@ def to_clip(
     typer.echo(convert_to_clip(model, out, revision=revision))
 
 
+@app.command("merge")
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a LoRA adapter that training saved: MODEL/adapter.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    base: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of its base.", show_default="the one that the adapter names")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a base on the Hub.")] = None,
+):
+    """A LoRA adapter and its base as one model."""
+    from publishing.adapter import merge_adapter
+
+    typer.echo(merge_adapter(adapter, out, base=base, revision=revision))
+
+
 @app.command("onnx")
 def onnx(
     model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")],
@@ -152,8 +167,16 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to commit to instead of main.")] = None,
     message: Annotated[str, typer.Option(help="Of the commit.")] = "Upload a GCL model",
+    adapter_base: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub id of the base of the folder's adapter.",
+            show_default="the one it names; a base that is a folder is pushed to REPO_ID-base",
+        ),
+    ] = None,
 ):
     """Push a model folder to the Hub in one commit, with the token of `hf auth login` or HF_TOKEN."""
     from publishing.push import push_folder
 
-    typer.echo(push_folder(folder, repo_id, private=private, revision=revision, message=message))
+    options = {"private": private, "revision": revision, "message": message, "adapter_base_id": adapter_base}
+    typer.echo(push_folder(folder, repo_id, **options))

@@ -1,8 +1,10 @@
 """A saved folder onto the Hub: complete or not at all.
 
-Files are uploaded first, then one commit makes them visible, on top of the commit that was seen at the start: others
-never see half of an update, and what someone else pushed meanwhile is not overwritten. Weights and code that the folder
-no longer holds are removed in the same commit; other files of the repository stay.
+- Files are uploaded first, then one commit makes them visible, on top of the commit that was seen at the start: others
+  never see half of an update, and what someone else pushed meanwhile is not overwritten. Weights and code that the
+  folder no longer holds are removed in the same commit; other files of the repository stay.
+- An adapter is pushed with the model that it was merged into, and names its base by a Hub id: a base that is a folder
+  here is pushed first, to a repository of its own.
 """
 
 import json
@@ -11,17 +13,26 @@ import time
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
+from publishing.adapter import ADAPTER_FOLDER
 from publishing.model_card import check_hub_id
+from retrieval.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE,
+    adapter_base,
+    read_base_checksums,
+    weight_checksums,
+)
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
 FIRST_WAIT = 2.0  # seconds; doubled each time, unless the Hub says how long
 LONGEST_WAIT = 300.0
-_STALE = ("*.safetensors", "*.safetensors.index.json", "*.py")
+_STALE = ("*.safetensors", "*.safetensors.index.json", "*.py", f"{ADAPTER_FOLDER}/*")
 _NOT_PUSHED = ("checkpoint-*/**", "runs/**", "*.partial", ".*", "**/.*", "**/__pycache__/**")
 _TRY_LATER = (408, 409, 425, 429, 500, 502, 503, 504)
 
@@ -33,6 +44,7 @@ def push_folder(
     private: bool = False,
     revision: str | None = None,
     message: str = "Upload a GCL model",
+    adapter_base_id: str | None = None,
     token: str | None = None,
 ) -> str:
     """
@@ -42,26 +54,32 @@ def push_folder(
         repo_id: `"org/name"`; made if it is not there.
         private: of a repository that is made now.
         revision: branch to commit to instead of main; made if it is not there.
+        adapter_base_id: where the base of the folder's adapter is on the Hub, or is pushed to; by default the id that
+            the adapter names, or `<repo_id>-base` where it names a folder.
         token: by default that of `hf auth login`, or HF_TOKEN.
 
     Returns:
         URL of the commit.
 
     Raises:
-        ValueError: no model folder, or one that lacks files; no token, or one that may not write there; the repository
-            changed meanwhile. Nothing has changed on the Hub then.
+        ValueError: no model folder, or one that lacks files; no token, or one that may not write there; an adapter for
+            another base than that on the Hub; the repository changed meanwhile. Nothing has changed on the Hub then.
         ConnectionError: the Hub could not be reached, or refused, ATTEMPTS times. Nothing has changed on it.
     """
     folder = Path(folder)
     check_folder(folder)
     token = check_may_push(repo_id, token)
     api = HfApi(token=token)
+    changed = {}
+    if (folder / ADAPTER_FOLDER).is_dir():
+        base_id = _base_on_hub(folder / ADAPTER_FOLDER, adapter_base_id, repo_id, private, api)
+        changed[f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}"] = _with_base(folder / ADAPTER_FOLDER, base_id)
     _persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
     if revision is not None:
         _persist(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
     seen = _persist(lambda: api.model_info(repo_id, revision=revision), repo_id).sha
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: paths[name] for name in filter_repo_objects(paths, ignore_patterns=list(_NOT_PUSHED))}
+    files = {name: paths[name] for name in filter_repo_objects(paths, ignore_patterns=list(_NOT_PUSHED))} | changed
 
     def commit():
         # a commit whose answer was lost is met again as a folder that the repository holds already: nothing to do
@@ -74,6 +92,48 @@ def push_folder(
         ).commit_url
 
     return _persist(commit, repo_id)
+
+
+def _base_on_hub(adapter, base_id, repo_id, private, api):
+    """Hub id of an adapter's base, which holds the weights that the adapter was trained on; pushed if need be."""
+    base, checksums = adapter_base(adapter), read_base_checksums(adapter)
+    folder = Path(base) if Path(base).is_absolute() else None
+    base_id = base_id or (f"{repo_id}-base" if folder else base)
+    held = _persist(lambda: _weights_on_hub(api, base_id), base_id)
+    if held is None and folder is None:
+        raise ValueError(
+            f"{base_id}, the base of the adapter in {adapter}, is not on the Hub: name it by --adapter-base"
+        )
+    if held is None:
+        if not folder.is_dir():
+            raise ValueError(
+                f"the base of the adapter in {adapter}, {folder}, is gone: name one on the Hub by --adapter-base, or "
+                f"remove {adapter} to push the merged model alone"
+            )
+        if weight_checksums(folder) != checksums:
+            raise ValueError(f"the adapter in {adapter} is for another base than {folder} holds now: train it again")
+        push_folder(folder, base_id, private=private, message=f"Upload the base of {repo_id}", token=api.token)
+    elif held != checksums:
+        raise ValueError(
+            f"the adapter in {adapter} is for another base than {base_id} on the Hub: name the right one, or a new "
+            "repository for it, by --adapter-base"
+        )
+    return base_id
+
+
+def _weights_on_hub(api, repo_id):
+    """SHA-256 of each weight file of a repository, by name; None where there is no such repository."""
+    try:
+        files = [item for item in api.list_repo_tree(repo_id) if getattr(item, "lfs", None)]
+    except RepositoryNotFoundError:
+        return None
+    return {file.path: file.lfs.sha256 for file in files if file.path.endswith(".safetensors")}
+
+
+def _with_base(adapter, base_id):
+    """The adapter's configuration as it is pushed: with a base that others can load."""
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return json.dumps(config | {"base_model_name_or_path": base_id}, indent=2, sort_keys=True).encode()
 
 
 def check_folder(folder: Path) -> None:
@@ -101,6 +161,12 @@ def check_folder(folder: Path) -> None:
     if index.is_file():
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     missing = [name for name in (*files, "processor_config.json", "README.md") if not (folder / name).is_file()]
+    if (folder / ADAPTER_FOLDER).is_dir():
+        missing += [
+            f"{ADAPTER_FOLDER}/{name}"
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE)
+            if not (folder / ADAPTER_FOLDER / name).is_file()
+        ]
     if missing:
         raise ValueError(f"{folder} is not complete: there is no {', '.join(missing)}. Train or convert it again")
 

@@ -14,6 +14,7 @@ from hub_on_loopback import TOKEN
 import train
 from evaluation.pairs import evaluate_pairs
 from modeling_gcl import GCLModel, GCLProcessor
+from retrieval.adapters import load_adapter
 from retrieval.source_arguments import SourceArguments
 from retrieval.source_checks import SourceReport
 from retrieval.sources import load_pairs
@@ -167,3 +168,29 @@ def test_a_push_that_fails_leaves_the_model_and_says_how_to_push_it(hub, tmp_pat
     arguments = GCLTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(SystemExit, match="org/tiny was not pushed.*gcl push out/model org/tiny"):
         train.push("out/model", "org/tiny", arguments)
+
+
+def test_lora_saves_adapter_and_merged_model(recipe, tmp_path, capsys):
+    """On a CLIP the adapter's base is saved beside it; on the GCL checkpoint that this is, there is nothing to save."""
+    train.main([str(recipe), "--peft.r", "4", "--fusion", "gated_sum", "--learning_rate", "1e-2"])
+    out = tmp_path / "out"
+    results = json.loads((out / "model" / "results.json").read_text())
+    assert results["recipe"]["peft"] == {"r": 4} and results["peak_memory"] > 1e8
+    total = results["parameters"]["total"]
+    assert 0 < total["trained"] < total["parameters"] / 3
+    pairs, processor = (
+        load_pairs(SourceArguments(str(tmp_path / "eval.parquet"))),
+        GCLProcessor.from_pretrained(out / "base"),
+    )
+    for state, model in {
+        "before": GCLModel.from_pretrained(out / "base"),
+        "after": load_adapter(out / "model" / "adapter").merge_and_unload(),
+    }.items():
+        assert results[state] == json.loads(json.dumps(evaluate_pairs(model.eval(), processor, pairs))), state
+    assert results["before"] != results["after"]
+
+    again = ["--encoder", str(out / "base"), "--output_dir", str(tmp_path / "again"), "--eval_on_start", "false"]
+    train.main([str(recipe), "--fusion", "null", "--learning_rate", "1e-2", "--peft.use_dora", *again])
+    assert not (tmp_path / "again" / "base").exists()
+    config = json.loads((tmp_path / "again" / "model" / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(out / "base") and config["use_dora"]

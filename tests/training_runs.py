@@ -11,6 +11,10 @@ from training.data import PairCollator, PairDataset
 from training.trainer import GCLTrainer
 from training.training_arguments import GCLTrainingArguments
 
+# the name that transformers knows, which 5.23 changed
+CHECKPOINTING = "activation_checkpointing"
+if CHECKPOINTING not in GCLTrainingArguments.__dataclass_fields__:
+    CHECKPOINTING = "gradient_checkpointing"
 WORDS = ("red", "blue", "green", "dog", "cat", "bird", "grass", "house")
 
 

@@ -1,8 +1,10 @@
-"""What a recipe may say of model and data: its `model:` and `data:` sections as dataclasses, checked on construction.
+"""What a recipe may say of model, data and LoRA: its `model:`, `data:` and `peft:` sections as dataclasses, checked on
+construction.
 
 The docstrings are the only description of the fields: `train.py --help` prints them (see `training.recipe`).
 """
 
+import re
 from dataclasses import dataclass, field
 
 from modeling_gcl.configuration_gcl import FUSIONS, TEXT_POOLINGS
@@ -142,6 +144,54 @@ class DataArguments:
             )
         if self.max_text_length is not None and self.max_text_length < 3:
             raise ValueError(f"data.max_text_length is {self.max_text_length}: use at least 3 tokens")
+
+
+@dataclass
+class LoraArguments:
+    """Train low-rank adapters (LoRA, arXiv 2106.09685) in place of the weights. A recipe with a `peft:` section, empty
+    or not, does.
+
+    Args:
+        > LoRA
+
+        r (`int`, *optional*, defaults to 16):
+            Rank of the adapters.
+        lora_alpha (`float`, *optional*, defaults to 32):
+            Their output is scaled by `lora_alpha / r`, with `use_rslora` by `lora_alpha / sqrt(r)`.
+        lora_dropout (`float`, *optional*, defaults to 0.0):
+            Dropout before the adapters, in training.
+        use_rslora (`bool`, *optional*, defaults to `False`):
+            Rank-stabilised scaling (arXiv 2312.03732), for high ranks.
+        use_dora (`bool`, *optional*, defaults to `False`):
+            Weight-decomposed adapters (DoRA, arXiv 2402.09353): a learned magnitude beside the direction; slower.
+        image_targets, text_targets (`str`, *optional*):
+            Regular expression for the layers of a tower and its projection that get an adapter, found anywhere in
+            their names, as in `q_proj|v_proj` or `layers\\.(10|11)\\.`. Linear layers and convolutions can have one.
+            By default all linear layers and the convolutions of 1 x 1. A frozen tower (`model.freeze`) gets none.
+            Temperature and learned gates are trained whole, unless frozen.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    r: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    image_targets: str | None = None
+    text_targets: str | None = None
+
+    def __post_init__(self):
+        positive("peft.r", self.r)
+        positive("peft.lora_alpha", self.lora_alpha)
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"peft.lora_dropout is {self.lora_dropout}: use a number from 0 to below 1")
+        for name in ("image_targets", "text_targets"):
+            try:
+                re.compile(getattr(self, name) or "")
+            except re.error as error:
+                raise ValueError(f"peft.{name}: {getattr(self, name)!r} is no regular expression: {error}") from error
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]):

@@ -1,6 +1,7 @@
 """How much memory there is, and how much an embedded pair takes: counted, on any device, on a handful of pairs."""
 
 import os
+import sys
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,19 @@ def available_memory(device: torch.device) -> int:
     except OSError:  # no container, or the older kind
         pass
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has held so far: of tensors on a GPU, else in its resident memory."""
+    if device.type != "cpu":
+        return torch.get_device_module(device).max_memory_allocated(device)
+    process = psutil.Process().memory_info()
+    if hasattr(process, "peak_wset"):  # Windows
+        return process.peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 @dataclass(frozen=True)

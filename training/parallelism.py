@@ -11,13 +11,14 @@ from accelerate.utils import DistributedType
 CONFIGS = "use one of hub_configs/accelerate/: eight_gpus.yaml (DDP), fsdp2.yaml, zero1.yaml"
 
 
-def check_parallelism(arguments, accelerator):
+def check_parallelism(arguments, accelerator, model):
     """
     Refuse ways to share out the work that would train wrongly, hang, or that nobody has tested.
 
     Args:
         arguments (`GCLTrainingArguments`): of this process.
         accelerator (`accelerate.Accelerator`): of this process.
+        model (`nn.Module`): not moved or wrapped yet.
 
     Raises:
         ValueError: naming the setting and the remedy; the same on every rank.
@@ -32,6 +33,11 @@ def check_parallelism(arguments, accelerator):
         raise ValueError(f"{kind.value} is not supported: {CONFIGS}")
     _check_asked_for(arguments, kind)
     _check_model_parallelism(accelerator)
+    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and hasattr(model, "peft_config"):
+        raise ValueError(
+            f"LoRA does not work here with {kind.value}: its gradients and optimiser state are small, so use "
+            "hub_configs/accelerate/eight_gpus.yaml (DDP)"
+        )
     if kind == DistributedType.FSDP:
         _check_fsdp(accelerator.state.fsdp_plugin, accelerator.mixed_precision)
     if kind == DistributedType.DEEPSPEED:

@@ -25,7 +25,7 @@ FILTERS = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicu
 KNOWN = {
     "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize",
     "image_mean", "image_std", "do_convert_rgb", "default_to_square", "image_processor_type", "feature_extractor_type",
-    "processor_class", "data_format", "input_data_format", "return_tensors", "device", "disable_grouping",
+    "processor_class", "auto_map", "data_format", "input_data_format", "return_tensors", "device", "disable_grouping",
 }  # fmt: skip
 PROBE_SIZES = ((97, 61), (40, 150), (640, 480), (7, 9))  # width, height: both shapes, larger and smaller than a target
 MAX_DIFFERENCE = 2  # grey levels

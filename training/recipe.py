@@ -1,4 +1,5 @@
-"""The recipe of a run: one YAML of `model:`, `data:` and `training:`, with overrides from the command line.
+"""The recipe of a run: one YAML of `model:`, `data:`, `training:` and, for LoRA, `peft:`, with overrides from the
+command line.
 
     recipe = parse_recipe(["hub_configs/quickstart.yaml", "--learning_rate", "1e-5", "--data.eval.limit", "100"])
     recipe.model, recipe.data, recipe.training   # dataclasses
@@ -16,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from retrieval.source_arguments import SourceArguments
-from training.arguments import DataArguments, ModelArguments
+from training.arguments import DataArguments, LoraArguments, ModelArguments
 from training.recipe_help import format_help
 from training.recipe_values import RecipeError, choices, convert, is_switch, read_option, read_yaml, write_yaml
 from training.training_arguments import GCLTrainingArguments
 
-SECTIONS = {"model": ModelArguments, "data": DataArguments, "training": GCLTrainingArguments}
+SECTIONS = {"model": ModelArguments, "data": DataArguments, "training": GCLTrainingArguments, "peft": LoraArguments}
 USAGE = "usage: train.py RECIPE.yaml [--key value ...]   (--help lists the keys)"
 
 
@@ -30,7 +31,8 @@ class Recipe:
     """A parsed recipe.
 
     Attributes:
-        model, data, training: the three sections as dataclasses, defaults filled in.
+        model, data, training: these sections as dataclasses, defaults filled in.
+        peft: that of LoRA; None without the section.
         settings: `{section: {key: value}}` of plain values, only those that the YAML or the command line set. The Hub
             token stays out, since settings are saved and published.
         path: the YAML file it came from.
@@ -39,6 +41,7 @@ class Recipe:
     model: ModelArguments
     data: DataArguments
     training: GCLTrainingArguments
+    peft: LoraArguments | None = None
     settings: dict = field(default_factory=dict)
     path: str = ""
 
@@ -223,6 +226,7 @@ def _build(settings: dict, path: str) -> Recipe:
             model=ModelArguments(**settings["model"]),
             data=DataArguments(**data),
             training=GCLTrainingArguments(**training),
+            peft=LoraArguments(**settings["peft"]) if "peft" in settings else None,
             settings=settings,
             path=path,
         )

@@ -11,6 +11,7 @@ Notable features:
 
 import logging
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -21,6 +22,7 @@ from transformers import Trainer
 from evaluation.pairs import embed_pairs, evaluate_embeddings
 from modeling_gcl import alignclip_loss, contrastive_loss, gcl_loss
 from modeling_gcl.matryoshka_gcl import cuts_and_shares
+from retrieval.adapters import ADAPTER_WEIGHTS, check_adapter_keys, check_adapter_weights
 
 from .batch_plan import BatchPlan, accumulation_for, negatives_per_query
 from .callbacks import BatchSizeCallback, BrokenImagesCallback, DataEpochCallback, LogitScaleCallback
@@ -42,7 +44,8 @@ MODALITIES = ("image", "text", "fused")
 class GCLTrainer(Trainer):
     r"""
     Args:
-        As `transformers.Trainer`, with `args` a [`GCLTrainingArguments`], `train_dataset` a [`PairDataset`],
+        As `transformers.Trainer`, with `model` a [`GCLModel`], or one that `add_lora` adapted, `args` a
+            [`GCLTrainingArguments`], `train_dataset` a [`PairDataset`],
         `eval_dataset` a sequence of pairs, `data_collator` a [`PairCollator`], `processing_class` a `GCLProcessor`.
         max_broken_share (`float`): share of unreadable images in the training data above which training stops.
 
@@ -55,7 +58,7 @@ class GCLTrainer(Trainer):
 
     def __init__(self, *args, max_broken_share=0.01, **kwargs):
         super().__init__(*args, **kwargs)
-        check_parallelism(self.args, self.accelerator)
+        check_parallelism(self.args, self.accelerator, self.model)
         prepare_sharding(self.model, self.accelerator)
         if (
             self.train_dataset is not None
@@ -333,6 +336,30 @@ class GCLTrainer(Trainer):
             self._terms.clear()
             self._num_steps = 0
         super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir=None, state_dict=None):
+        """As Trainer's; an adapter is read back, since peft may leave out what a name does not match."""
+        super()._save(output_dir, state_dict)
+        if self._has_adapter:
+            check_adapter_weights(output_dir or self.args.output_dir, self.model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """As Trainer's, which would go on from the base model where a checkpoint holds no adapter, or not all of it."""
+        holds_adapter = (Path(resume_from_checkpoint) / ADAPTER_WEIGHTS).is_file()
+        if holds_adapter != self._has_adapter:
+            raise ValueError(
+                f"{resume_from_checkpoint} was trained {'with' if holds_adapter else 'without'} LoRA: resume it "
+                f"{'with its' if holds_adapter else 'without a'} peft: section in the recipe"
+            )
+        if holds_adapter:
+            check_adapter_keys(resume_from_checkpoint, self.model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if holds_adapter:
+            check_adapter_weights(resume_from_checkpoint, self.model)
+
+    @property
+    def _has_adapter(self):
+        return hasattr(self.model, "peft_config")
 
     def gather_broken_images(self):
         """Names of the unreadable images that any process met, each once; every process must call it.

@@ -8,15 +8,13 @@ import sys
 from unittest import mock
 
 import torch
-from training_runs import make_pairs, make_trainer
+from backbones import tiny_encoder
+from training_runs import CHECKPOINTING, make_pairs, make_trainer
 
-from training.training_arguments import GCLTrainingArguments
+from modeling_gcl import GCLModel
+from training.arguments import LoraArguments
+from training.lora import add_lora
 
-CHECKPOINTING = (
-    "activation_checkpointing"
-    if "activation_checkpointing" in GCLTrainingArguments.__dataclass_fields__  # transformers 5.23
-    else "gradient_checkpointing"
-)
 # the settings, and at which call of the model or of backward (over all steps) the last rank runs out of memory. In each
 # of the two steps one of two ranks embeds 2 micro-batches of 3 chunks: 0-4 without a graph, 5 with one, 6-10 again, and
 # goes backward 6 times
@@ -26,6 +24,7 @@ CASES = {
     "alignclip": ({"loss": "alignclip"}, None),
     "half ring": ({"half_ring": True}, None),
     "matryoshka": ({"matryoshka_dims": [3, 8]}, None),
+    "lora": ({"lora": True}, None),
     "weighted": ({"direction_weights": {"i->t": 2.0, "t->it": 0.5}, "denominator": "without_other_positive"}, None),
     "short in the first chunk": ({}, ("model", 0)),
     "short where a graph is kept": ({}, ("model", 5)),
@@ -36,7 +35,11 @@ CASES = {
 }
 
 
-def build(processes, chunk=2, **settings):
+def build(processes, chunk=2, lora=False, **settings):
+    if lora:
+        torch.manual_seed(0)
+        model = GCLModel.from_encoder(tiny_encoder("clip"), logit_scale_init_value=10.0)
+        settings["model"] = add_lora(model, LoraArguments(r=4), "unused")
     several = {"per_device_train_batch_size": 12 // processes, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
     batch = several | {"grad_cache_chunk": chunk} if processes > 1 else {"per_device_train_batch_size": 24}
     return make_trainer("unused", make_pairs(48), num_train_epochs=1, **(batch | settings))

@@ -29,7 +29,7 @@ def one_process(tmp_path_factory):
     return launch(1, tmp_path_factory.mktemp("one") / "weights.pt")
 
 
-@pytest.mark.parametrize("processes, cases", [(2, 11), (3, 6)])
+@pytest.mark.parametrize("processes, cases", [(2, 12), (3, 7)])
 def test_processes_in_chunks_train_as_one_without_also_after_a_shortage_of_memory(
     processes, cases, one_process, tmp_path
 ):

@@ -15,7 +15,11 @@ from PIL import Image
 
 import gcl
 from modeling_gcl import GCLModel
+from publishing.adapter import save_with_adapter
 from publishing.model_folder import save_model_folder
+from retrieval.adapters import weight_checksums
+from training.arguments import LoraArguments
+from training.lora import add_lora
 
 PAGE = (Path(__file__).parents[2] / "docs/use-a-model.md").read_text()
 # NaFlex's further inputs and full-length texts, native fusion, mean pooling; "model" below has gates and centring
@@ -62,6 +66,16 @@ def small_clip(fusion, centre_on=()):
     return model
 
 
+def small_lora():
+    """`tuned-by-lora`, whose adapter sits on `base`."""
+    save_model_folder("base", small_clip("gated_sum"), tiny_processor("clip"))
+    adapted = add_lora(GCLModel.from_pretrained("base"), LoraArguments(r=4), str(Path("base").absolute()))
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return save_with_adapter("tuned-by-lora", adapted, tiny_processor("clip"), weight_checksums("base")).eval()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The photos that the page speaks of."""
@@ -80,7 +94,7 @@ def found_and_expected(folder):
         patch.chdir(folder)
         models = {name: tiny_model(name) for name in OTHERS} | {"tuned-clip": small_clip("sum")}
         models["model"] = small_clip("gated_normalized_sum", centre_on=ROWS)
-        expected = {}
+        expected = {"tuned-by-lora": small_lora().encode(ROWS, tiny_processor("clip"))}
         for name, model in models.items():
             processor = tiny_processor(name if name in OTHERS else "clip")
             save_model_folder(name, model, processor)
@@ -90,15 +104,16 @@ def found_and_expected(folder):
             with pytest.raises(SystemExit) as stop:
                 gcl.main()
             assert stop.value.code == 0
-    given = f"import numpy\nrows, kinds, names = {ROWS!r}, {KINDS!r}, {list(models)!r}\n"
+    given = f"import numpy\nrows, kinds, names = {ROWS!r}, {KINDS!r}, {[*expected, 'merged']!r}\n"
     page = "\n".join(blocks("python"))
     run_outside(page + given + EVERY_FOLDER, folder)
     return torch.load(folder / "results.pt"), expected
 
 
-@pytest.mark.parametrize("name", [*OTHERS, "model", "tuned-clip"])
+@pytest.mark.parametrize("name", [*OTHERS, "model", "tuned-clip", "tuned-by-lora", "merged"])
 def test_folders(name, found_and_expected):
     found, expected = found_and_expected
+    expected = expected | {"merged": expected["tuned-by-lora"]}
     assert torch.pdist(expected[name]).min() > 1e-3  # rows that a mistake could not tell apart would prove nothing
     for door in ("AutoModel", "SentenceTransformer"):
         torch.testing.assert_close(found[f"{name}: {door}"], expected[name], atol=1e-5, rtol=0)
@@ -111,6 +126,8 @@ def test_the_page(found_and_expected):
         "embeds": [0, 2, 4], "texts": [0], "images": [2], "fused": [4], "onnx_fused": [4],
     }.items():  # fmt: skip
         torch.testing.assert_close(found[name], whole[rows], atol=1e-5, rtol=0)
+    for name in ("adapted_embeds", "auto_embeds"):
+        torch.testing.assert_close(found[name], expected["tuned-by-lora"][[0, 2, 4]], atol=1e-5, rtol=0)
     torch.testing.assert_close(F.normalize(found["clip_text"]), expected["tuned-clip"][:1], atol=1e-6, rtol=0)
 
 

@@ -11,7 +11,7 @@ from training.training_arguments import GCLTrainingArguments
 
 
 def check(monkeypatch, kind=DistributedType.MULTI_GPU, world_size=2, n_gpu=1, parallelism=None, **settings):
-    state = settings.pop("state", {})
+    state, model = settings.pop("state", {}), settings.pop("model", None)
     accelerator = SimpleNamespace(
         distributed_type=kind, parallelism_config=parallelism, state=SimpleNamespace(**state),
         mixed_precision=settings.pop("mixed_precision", "no"),
@@ -19,7 +19,7 @@ def check(monkeypatch, kind=DistributedType.MULTI_GPU, world_size=2, n_gpu=1, pa
     arguments = GCLTrainingArguments(output_dir="unused", use_cpu=True, **settings)
     monkeypatch.setattr(GCLTrainingArguments, "world_size", world_size)
     monkeypatch.setattr(GCLTrainingArguments, "n_gpu", n_gpu)
-    check_parallelism(arguments, accelerator)
+    check_parallelism(arguments, accelerator, model)
 
 
 def fsdp(version=2, **settings):
@@ -103,3 +103,11 @@ def test_the_trainer_checks(tmp_path, monkeypatch):
     monkeypatch.setattr(GCLTrainingArguments, "world_size", 2)
     with pytest.raises(ValueError, match="auto_find_batch_size must be false"):
         make_trainer(tmp_path, make_pairs(48), auto_find_batch_size=True)
+
+
+@pytest.mark.parametrize("kind, state", [(DistributedType.FSDP, fsdp()), (DistributedType.DEEPSPEED, zero())])
+def test_lora_is_for_ddp(kind, state, monkeypatch):
+    adapted = SimpleNamespace(peft_config={})
+    check(monkeypatch, model=adapted)
+    with pytest.raises(ValueError, match=f"LoRA does not work here with {kind.value}.*eight_gpus.yaml"):
+        check(monkeypatch, kind, state=state, model=adapted)

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from backbones import tiny_encoder, tiny_processor
-from training_runs import make_pairs, make_trainer
+from training_runs import CHECKPOINTING, make_pairs, make_trainer
 
 from evaluation.pairs import evaluate_pairs
 from modeling_gcl import GCLModel, contrastive_loss, gcl_loss
 from retrieval.source_checks import DataError
 from training.data import PairCollator
 from training.freezing import freeze_parts
-from training.training_arguments import GCLTrainingArguments
 
 
 def weights(trainer):
@@ -218,9 +217,7 @@ def test_fewer_pairs_than_a_batch_are_refused(tmp_path):
 
 
 def test_bf16_and_gradient_checkpointing_train(tmp_path):
-    renamed = "activation_checkpointing" in GCLTrainingArguments.__dataclass_fields__  # transformers 5.23
-    checkpointing = {"activation_checkpointing" if renamed else "gradient_checkpointing": True}
-    trainer = make_trainer(tmp_path, bf16=True, num_train_epochs=1, **checkpointing)
+    trainer = make_trainer(tmp_path, bf16=True, num_train_epochs=1, **{CHECKPOINTING: True})
     trainer.train()
     assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
     assert trainer.state.log_history[-1]["train_loss"] < 5

@@ -1,0 +1,118 @@
+"""LoRA: low-rank adapters on the layers of both towers, by peft; temperature and learned gates are trained beside them.
+
+peft trains silently nothing where a name does not match, and where a layer is never called; what is adapted is
+therefore chosen here, by tower, and compared with what peft made.
+"""
+
+import re
+
+from torch import nn
+
+from training.freezing import PROJECTIONS
+
+TRAINED_WHOLE = ("logit_scale", "fusion")
+
+
+def add_lora(model, arguments, base, revision=None):
+    """
+    Freeze a model and add adapters to it.
+
+    Args:
+        model (`GCLModel`): changed in place; what is frozen already gets no adapter.
+        arguments (`LoraArguments`): of the recipe.
+        base (`str`): folder or Hub id of a GCL checkpoint that holds this very model, which the adapter will name.
+        revision (`str`, *optional*): of `base` on the Hub.
+
+    Returns:
+        `peft.PeftModel`.
+
+    Raises:
+        ValueError: a regular expression fits no layer, or one that can't have an adapter.
+        ImportError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError('LoRA needs peft: pip install "universal-gcl[lora]"') from error
+
+    regexes = {"image": arguments.image_targets, "text": arguments.text_targets}
+    targets = {name for modality, regex in regexes.items() for name in _targets(model, modality, regex)}
+    if not targets:
+        raise ValueError("peft: every tower is frozen, so that no layer can have an adapter: freeze less")
+    saved = [name for name in TRAINED_WHOLE if _is_trained(getattr(model, name))]
+    config = LoraConfig(
+        r=arguments.r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        use_rslora=arguments.use_rslora,
+        use_dora=arguments.use_dora,
+        target_modules=sorted(targets),
+        modules_to_save=saved,
+        base_model_name_or_path=base,
+        revision=revision,
+    )
+    model.name_or_path = base  # peft writes this one down
+    adapted = get_peft_model(model, config)
+    _check_adapted(adapted, targets, saved)
+    return adapted
+
+
+def _targets(model, modality, regex):
+    """Full names of the layers of a tower and its projection that get an adapter."""
+    roots = [model.towers[modality], getattr(model.encoder, PROJECTIONS[modality], None)]
+    members = {id(module) for root in roots if root is not None for module in root.modules()}
+    unused = {
+        id(module) for each in model.modules() if isinstance(each, nn.MultiheadAttention) for module in each.modules()
+    }
+    found, frozen = [], 0
+    for name, module in model.named_modules():
+        if id(module) not in members or not isinstance(module, (nn.Linear, nn.Conv2d)):
+            continue
+        fits = _is_linear(module) and id(module) not in unused if regex is None else re.search(regex, name)
+        if not fits:
+            continue
+        if not module.weight.requires_grad:
+            frozen += 1
+            continue
+        if id(module) in unused:
+            raise ValueError(
+                f"peft.{modality}_targets: {regex!r} fits {name}, which is inside PyTorch's MultiheadAttention: that "
+                "reads its weight, and would never call an adapter. Leave it out"
+            )
+        if getattr(module, "groups", 1) > 1:
+            raise ValueError(f"peft.{modality}_targets: {regex!r} fits {name}, a convolution by groups: leave it out")
+        found.append(name)
+    if regex is not None and not found:
+        what = "only frozen layers" if frozen else "no linear layer or convolution"
+        raise ValueError(
+            f"peft.{modality}_targets: {regex!r} fits {what} of the {modality} tower, such as "
+            f"{_examples(model, members)}. To leave that tower as it is: model.freeze: [{modality}], and no targets"
+        )
+    return found
+
+
+def _is_linear(module):
+    """Whether it is a linear map of channels: nn.Linear, or a convolution of 1 x 1."""
+    return isinstance(module, nn.Linear) or (module.kernel_size == (1, 1) and module.groups == 1)
+
+
+def _is_trained(module):
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _examples(model, members):
+    layers = (nn.Linear, nn.Conv2d)
+    names = [name for name, module in model.named_modules() if id(module) in members and isinstance(module, layers)]
+    return ", ".join(names[:3])
+
+
+def _check_adapted(adapted, targets, saved):
+    """Raise RuntimeError unless peft has made trainable just what was meant."""
+    from peft.tuners.lora import LoraLayer
+
+    model = adapted.get_base_model()
+    made = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad and "lora_" not in name}
+    if made != targets or trained != set(saved):
+        wrong = sorted(made ^ targets) + sorted(trained ^ set(saved))
+        raise RuntimeError(f"peft adapted other modules than were meant: {', '.join(wrong[:5])}")
