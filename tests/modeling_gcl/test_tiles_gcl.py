@@ -106,8 +106,8 @@ def test_flops_at_four_thousand_pairs():
     ids=["gcl", "no_intra", "target", "all_tiles_kept", "matryoshka", "cl", "alignclip"],
 )
 def test_flops_of_the_switches(loss_of, num_embeds, expected, monkeypatch):
-    monkeypatch.setitem(tiles_gcl.TILE, "cpu", 64)
-    assert expected <= count_flops(loss_of, num_embeds, 512, 16) <= 1.04 * expected
+    monkeypatch.setitem(tiles_gcl.TILE, "cpu", 128)
+    assert expected <= count_flops(loss_of, num_embeds, 1024, 16) <= 1.04 * expected
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's count of resident memory")
