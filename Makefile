@@ -62,6 +62,7 @@ bench: $(VENV)/installed  ## measure speed and memory against peers (half an hou
 	$(BIN)/python benchmarks/loss.py --threads $(THREADS) --sizes 4096 --out results/benchmarks/loss-sentence-transformers.json \
 		--variants tiles tiles_bf16_all_kept sentence_transformers_1024 sentence_transformers_gcl_1024
 	$(BIN)/python benchmarks/step.py --threads $(THREADS)
+	$(BIN)/python benchmarks/adapters.py --threads $(THREADS)
 	$(BIN)/python benchmarks/pipeline.py --rounds 3
 	$(BIN)/python benchmarks/search.py --threads $(THREADS)
 	$(BIN)/python benchmarks/scaling.py

@@ -1,17 +1,19 @@
-"""The `gcl` command: embed and search, evaluate a model, compare runs, convert checkpoints, push to the Hub."""
+"""The `gcl` command: embed, search and show, evaluate, compare, convert checkpoints, write cards, push to the Hub."""
 
 import typer
 
 from evaluation.commands.app import app as evaluate
 from publishing.commands import app as convert
-from publishing.commands import push
-from retrieval.commands import embed, search
+from publishing.commands import card, push
+from retrieval.commands import demo, embed, search
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 app.command("embed")(embed)
 app.command("search")(search)
+app.command("demo")(demo)
 app.add_typer(evaluate, name="evaluate")
 app.add_typer(convert, name="convert")
+app.command("card")(card)
 app.command("push")(push)
 
 

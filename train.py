@@ -13,6 +13,7 @@ import torch
 from transformers import set_seed
 
 from evaluation.environment import collect_environment, command_line
+from evaluation.model_size import model_size
 from evaluation.pairs import evaluate_embeddings
 from evaluation.plots import modality_pca, nine_way_heatmap, training_curves
 from evaluation.report import nine_way_table
@@ -20,8 +21,8 @@ from evaluation.result_sheet import result_sheet
 from modeling_gcl import GCLConfig, GCLModel, GCLProcessor, ImageError, load_image
 from modeling_gcl.backbone_gcl import model_type_of
 from publishing.adapter import save_with_adapter
-from publishing.hub_folder import write_hub_folder
-from publishing.model_card import CardFacts, DataSource
+from publishing.card_facts import CardFacts, DataSource
+from publishing.hub_folder import base_model_ids, local_name, shown_name, write_conversion, write_hub_folder
 from publishing.model_folder import save_model_folder
 from publishing.push import check_may_push, push_folder
 from retrieval.adapters import weight_checksums
@@ -76,6 +77,17 @@ def build_lora(recipe, model, processor):
         with recipe.training.main_process_first():
             if recipe.training.process_index == 0:
                 save_model_folder(base, model, processor)
+                name = shown_name(recipe.model.encoder)
+                write_conversion(
+                    base,
+                    out=base,
+                    model=model,
+                    processor=processor,
+                    base_model=name,
+                    base_model_ids=base_model_ids(recipe.model.encoder),
+                    licence=recipe.model.licence,
+                    conversion=f"It is {name} as a GCL checkpoint, the base that a LoRA adapter was trained on.",
+                )
     elif Path(base).exists():
         base = Path(base).absolute()
     return add_lora(model, recipe.peft, str(base), revision)
@@ -171,8 +183,8 @@ def main(argv):
         stop(error)
     if trainer.is_world_process_zero():
         results = write_results(
-            folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment, repo_id,
-            parameters, memory,
+            folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment, parameters,
+            memory,
         )  # fmt: skip
         report_to_user(folder, results, time.time() - started)
         if repo_id is not None:
@@ -190,6 +202,8 @@ def save(trainer, folder):
         if trainer.is_world_process_zero():
             save_model_folder(folder, model, processor, state_dict=weights)
         return
+    # without the autocast of mixed precision around its forward, in which nothing is equal to 1e-5
+    model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if trainer.is_world_process_zero():
         config = model.peft_config["default"]
         checksums = weight_checksums(config.base_model_name_or_path, config.revision)
@@ -207,9 +221,8 @@ def evaluate(trainer):
 
 
 def write_results(
-    folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment, repo_id, parameters,
-    memory,
-):  # fmt: skip
+    folder, recipe, trainer, train_reports, eval_report, before, after, broken_images, environment, parameters, memory
+):
     """Everything a saved folder holds beside model and processor; returns what `results.json` says."""
     arguments = recipe.training
     history = trainer.state.log_history
@@ -232,12 +245,12 @@ def write_results(
         "log_history": history,
     }
     pictures = draw_pictures(Path(arguments.output_dir) / "pictures", history, before, after, trainer)
-    total = results["parameters"]["total"]
     facts = CardFacts(
-        title=Path(repo_id or arguments.output_dir).name,
-        model_name=repo_id or str(folder),
-        base_model=recipe.model.encoder,
-        base_model_ids=[] if Path(recipe.model.encoder).exists() else [recipe.model.encoder],
+        title=Path(arguments.output_dir).name,
+        model_name=local_name(folder),
+        base_model=shown_name(recipe.model.encoder),
+        base_revision=getattr(trainer.model.config.encoder_config, "_commit_hash", None),
+        base_model_ids=base_model_ids(recipe.model.encoder),
         loss=arguments.loss,
         licence=recipe.model.licence,
         command=results["command"],
@@ -250,8 +263,9 @@ def write_results(
         data=[data_source(*read, broken_images) for read in zip(recipe.data.train, train_reports)],
         environment=environment,
         train_runtime=runtime,
-        parameters={"total": total["parameters"], "trainable": total["trained"]},
-        embedding_dim=trainer.model.config.projection_dim,
+        trained_parameters=results["parameters"]["total"]["trained"],
+        size=model_size(trainer.model, trainer.processing_class),
+        languages=recipe.data.languages,
         matryoshka_dims=trainer.model.config.matryoshka_dims or [],
         seed=arguments.seed,
         eval_data=data_source(recipe.data.eval, eval_report) if eval_report else None,
@@ -293,12 +307,12 @@ def draw_pictures(folder, history, before, after, trainer):
 
 
 def data_source(source, report, broken_images=()):
-    """What the card says of one source. Of an absolute path only the name: the rest is the user's own business.
+    """What the card says of one source.
 
     `broken_images`: those that training met, of any source, each named "source, pair id: what is wrong"."""
     on_hub = report.split is not None
     return DataSource(
-        source=Path(report.path).name if Path(report.path).is_absolute() else report.path,
+        source=shown_name(report.path),
         pairs=report.pairs,
         skipped=report.num_skipped + sum(name.startswith(f"{source.path}, ") for name in broken_images),
         name=source.name,

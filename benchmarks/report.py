@@ -41,7 +41,7 @@ MARKERS = ("o", "s", "v", "D", "^", "P", "X", "*", "h", "<", ">", "p")
 
 
 def load(folder):
-    """`{name: content}` of the results in a folder: loss, step, pipeline, scaling, search."""
+    """`{name: content}` of the results in a folder: loss, step, adapters, pipeline, scaling, search."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
@@ -170,6 +170,19 @@ def step_table(results):
     return "\n".join([*lines, "", note]) + "\n"
 
 
+TRAINED = {"all": "all weights", "lora": "LoRA, r = 16", "gates": "gates of the fusion"}
+
+
+def adapters_table(results):
+    found = results["adapters"]
+    lines = ["| trained | parameters | seconds | peak memory | by all weights |", "|---|---:|---:|---:|---:|"]
+    for name, row in found["rows"].items():
+        lines.append(f"| {TRAINED[name]} | {row['trained']:,} | {_row(row, 'all')} |")
+    settings = found["settings"]
+    note = f"{settings['tower']}, {settings['batch']} pairs, {settings['image_size']} px, fp32. {_measured(found)}"
+    return "\n".join([*lines, "", note]) + "\n"
+
+
 def shared_table(results):
     step = results["step"]
     lines = [
@@ -259,6 +272,7 @@ BLOCKS = {  # name: (the benchmark it needs, or None, and what makes it)
     "gpu": (None, gpu_tables),
     "plot": ("loss", plot_link),
     "step": ("step", step_table),
+    "adapters": ("adapters", adapters_table),
     "shared": ("step", shared_table),
     "assumptions": ("scaling", assumptions),
     "scaling": ("scaling", scaling_table),

@@ -33,7 +33,10 @@ from benchmarks.protocol import (  # noqa: E402
 )
 from benchmarks.scaling import loss_flops  # noqa: E402
 from modeling_gcl import GCLModel, gcl_loss  # noqa: E402
+from training.arguments import LoraArguments  # noqa: E402
 from training.distributed import Processes, world_size  # noqa: E402
+from training.freezing import freeze_parts  # noqa: E402
+from training.lora import add_lora  # noqa: E402
 from training.trainer import GCLTrainer  # noqa: E402
 from training.training_arguments import GCLTrainingArguments  # noqa: E402
 
@@ -49,7 +52,8 @@ GATE_TOLERANCE = 1e-4
 # A step
 
 
-def build_model(tower):
+def build_model(tower, trained="all"):
+    """A CLIP of random weights of which "all" are trained, "lora", or the "gates" of its fusion alone."""
     layers, *shapes = TOWERS[tower]
     vision, text = (
         {"num_hidden_layers": layers, "hidden_size": w, "intermediate_size": f, "num_attention_heads": h}
@@ -57,7 +61,11 @@ def build_model(tower):
     )
     vision |= {"image_size": IMAGE_SIZE, "patch_size": 32}
     torch.manual_seed(SEED)
-    return GCLModel.from_encoder(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=512)))
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=512))
+    model = GCLModel.from_encoder(clip, fusion="gated_sum" if trained == "gates" else "sum")
+    if trained == "gates":
+        freeze_parts(model, ["image", "text", "logit_scale"])
+    return add_lora(model, LoraArguments(), "unnamed") if trained == "lora" else model
 
 
 class RandomPairs(torch.utils.data.Dataset):
@@ -91,7 +99,7 @@ class RandomPairs(torch.utils.data.Dataset):
         }
 
 
-def run_step(tower, batch, chunk, use):
+def run_step(tower, batch, chunk, use, trained="all"):
     """Train for one step of `batch` pairs per process and return what `use(training_step, model, inputs)` returns."""
     answers = []
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +109,7 @@ def run_step(tower, batch, chunk, use):
             **({"grad_cache_chunk": chunk} if chunk else {}), **({"ddp_backend": "gloo"} if distributed() else {}),
         )  # fmt: skip
         trainer = GCLTrainer(
-            model=build_model(tower),
+            model=build_model(tower, trained),
             args=arguments,
             train_dataset=RandomPairs(batch * arguments.world_size),
             data_collator=RandomPairs.collate,

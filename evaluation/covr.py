@@ -31,7 +31,7 @@ import numpy as np
 
 from evaluation.benchmark import DEPTH
 from evaluation.covr_frames import ROLES, Frames, Videos, extract_frames
-from evaluation.paper import paper_table
+from evaluation.paper import markdown_table, paper_table
 from evaluation.scoring import score_run, write_records
 from retrieval.processes import Processes
 from retrieval.run import Run
@@ -330,21 +330,28 @@ def rank_targets(triplets: Sequence[Triplet], queries: np.ndarray, gallery: np.n
     )
 
 
-def covr_table(result: dict) -> str:
-    """R@k in percent beside the paper's table 4, which is of the mean, and what was not scored, as lines for a
-    terminal; `result` as `evaluate_covr` returns it."""
+def covr_table(result: dict, *, markdown: bool = False) -> str:
+    """R@k in percent beside the paper's table 4, which is of the mean, and what was not scored; `result` as
+    `evaluate_covr` returns it. For a file with `markdown`, else for a terminal."""
     columns, figures = paper_table("covr")
     ours = [name for name in WEIGHTINGS if result[name] is not None]
+    lines = [
+        (f"R@{k}", [f"{100 * result[name][f'hit@{k}']:.2f}" for name in ours], [f"{x:.2f}" for x in figures[f"R@{k}"]])
+        for k in KS
+    ]
+    notes = []
+    for name, (found, total) in result["coverage"].items():
+        if found < total:
+            notes.append(f"{name}: {found:,} of {total:,}; without the others it is another, easier benchmark")
+    counts = f"{result['rows']:,} queries, {result['gallery']:,} targets."
+    if markdown:
+        table = markdown_table(["", *ours, *columns], [(label, *cells, *paper) for label, cells, paper in lines])
+        return "\n\n".join(
+            [table, f"{counts} Other columns than {' and '.join(ours)}: the paper, of the mean.", *notes]
+        )
 
     def line(label, cells, paper):
         return f"{label:<6}" + "".join(f"{cell:>9}" for cell in cells) + "  |" + "".join(f"{c:>12}" for c in paper)
 
-    lines = [line("", ours, columns)]
-    for k in KS:
-        cells = [f"{100 * result[name][f'hit@{k}']:.2f}" for name in ours]
-        lines.append(line(f"R@{k}", cells, [f"{figure:.2f}" for figure in figures[f"R@{k}"]]))
-    lines.append(f"{result['rows']:,} queries, {result['gallery']:,} targets. Right of the bar: the paper, of the mean")
-    for name, (found, total) in result["coverage"].items():
-        if found < total:
-            lines.append(f"{name}: {found:,} of {total:,}; without the others it is another, easier benchmark")
-    return "\n".join(lines)
+    lines = [line("", ours, columns), *(line(*each) for each in lines)]
+    return "\n".join([*lines, f"{counts} Right of the bar: the paper, of the mean", *notes])

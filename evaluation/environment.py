@@ -5,6 +5,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -33,12 +34,14 @@ def collect_environment() -> dict:
     """The environment of this process, ready for JSON. Host, user and folder names are left out.
 
     Returns:
+        - `date`: of now, by UTC, as 2026-01-31;
         - `python`: version; `packages`: name → version of those of `PACKAGES` that are installed;
         - `platform`: operating system and machine; `cpu`: `{"name", "cores"}`; `gpus`: names, `[]` without any;
         - `image_backend`: `"torchvision"` or `"pil"`: transformers' image processors differ slightly between the two;
         - `git`: `{"sha", "dirty"}` of the project, both None outside a checkout or before its first commit.
     """
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "python": platform.python_version(),
         "packages": package_versions(),
         "platform": f"{platform.system()} {platform.machine()}",

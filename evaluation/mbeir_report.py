@@ -1,7 +1,7 @@
 """M-BEIR's result as the paper's tables have it: rows in its order, its columns beside ours. Rates in percent."""
 
 from evaluation.mbeir_tasks import MODALITIES, MBEIRTask, parse_task
-from evaluation.paper import paper_table, terminal_table
+from evaluation.paper import markdown_table, paper_table, terminal_table
 
 _GLOBAL_K = 50
 _ROWS = 16
@@ -48,16 +48,11 @@ def mbeir_table(result: dict, scope: str, *, markdown: bool = False) -> str:
     footer = _footer(result, scope, bool(columns))
     if not markdown:
         return f"{terminal_table(header, columns, [], lines)}\n{footer}"
-    return f"{_markdown([*header, *(name.replace('_', ' ') for name in columns)], lines)}\n\n{footer}"
+    return f"{markdown_table([*header, *columns], lines)}\n\n{footer}"
 
 
 def _figure(task: dict, scope: str) -> float:
     return task[scope][task[scope]["paper_metric"]]
-
-
-def _markdown(header: list[str], lines: list[list[str]]) -> str:
-    rows = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _footer(result: dict, scope: str, with_paper: bool) -> str:

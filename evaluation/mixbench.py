@@ -17,6 +17,7 @@ from pathlib import Path
 
 from evaluation.benchmark import RetrievalTask, evaluate_tasks
 from evaluation.mixbench_data import MODALITIES, Subset
+from evaluation.paper import markdown_table
 from retrieval.store import Store
 
 KS = (1, 5, 10, 50)
@@ -73,13 +74,16 @@ def evaluate_mixbench(
     return {"subsets": results, "mean": {"ndcg@10": mean}, "limit": limit, "skipped": scored["skipped"]}
 
 
-def mixbench_table(results: Mapping[str, dict]) -> str:
-    """nDCG@10 in percent: a line for each subset, over all queries and by the modality of the relevant document."""
+def mixbench_table(results: Mapping[str, dict], *, markdown: bool = False) -> str:
+    """nDCG@10 in percent: a line for each subset, over all queries and by the modality of the relevant document. For a
+    file with `markdown`, else for a terminal."""
     header = ["nDCG@10", "all", *MODALITIES]
     lines = []
     for name, result in results.items():
         rates = [result["ndcg@10"], *(result["by_target"][modality]["ndcg@10"] for modality in MODALITIES)]
         lines.append([name, *("–" if rate is None else f"{100 * rate:.1f}" for rate in rates)])
+    if markdown:
+        return markdown_table(header, lines)
     width = max(len(line[0]) for line in [header, *lines])
     return "\n".join(line[0].ljust(width) + "".join(f"{cell:>12}" for cell in line[1:]) for line in [header, *lines])
 

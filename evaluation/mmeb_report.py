@@ -1,16 +1,17 @@
 """MMEB's result as a table, laid out like the GCL paper's table 2, with its columns beside ours. Rates in percent."""
 
 from evaluation.mmeb_sets import CATEGORIES, PAPER_DIRECTIONS
-from evaluation.paper import paper_table, terminal_table
+from evaluation.paper import markdown_table, paper_table, terminal_table
 
 
-def mmeb_table(result: dict) -> str:
+def mmeb_table(result: dict, *, markdown: bool = False) -> str:
     """
-    Lines for a terminal: the paper's sets in its order, then the others by category, then the averages.
+    The paper's sets in its order, then the others by category, then the averages.
 
     Args:
         result: of `evaluation.mmeb.evaluate_mmeb`. The paper measured version 1: its columns are left out for version 2
             and where none of its sets was asked for.
+        markdown: for a file, else for a terminal.
     """
     ours = {name: one["precision@1"] for name, one in result["sets"].items()}
     columns, paper = paper_table("mmeb")
@@ -43,4 +44,6 @@ def mmeb_table(result: dict) -> str:
         notes.append(f"{missing} queries and candidates could not be read: they count as misses, see results.json")
     if result["limit"] is not None:
         notes.append(f"a smoke run on the first {result['limit']} queries of each set: not comparable")
+    if markdown:
+        return "\n\n".join([markdown_table(["precision@1 in %", *columns, "ours"], lines), *notes])
     return "\n".join([terminal_table(["precision@1 in %"], columns, ["ours"], lines), *notes])

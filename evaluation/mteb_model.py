@@ -15,11 +15,11 @@ from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import Licenses, PromptType
 from transformers.utils import cached_file, logging
 
+from evaluation.model_size import model_size
 from retrieval.fingerprint import model_fingerprint
 
 MODALITIES = ["text", "image"]
 _TEXTS_AT_ONCE = 10_000  # encode sorts them by length
-_UNLIMITED = 10**6  # tokenizers without a limit state one of 10^30
 
 
 class GCLEncoder(AbsEncoder):
@@ -156,19 +156,15 @@ def _describe(model, processor, name, settings):
     is_folder = Path(name).is_dir()
     known = [getattr(part, "_commit_hash", None) for part in (config, config.encoder_config)]
     commit = None if is_folder else next(filter(None, known), None)
-    max_tokens = processor.max_text_length or processor.tokenizer.model_max_length
-    parameters = list(model.parameters())
+    size = model_size(model, processor)
+    size["embed_dim"] = settings.get("truncate_dim", size["embed_dim"])
     return ModelMeta(
         loader=None,
         name=name if "/" in name and not is_folder else f"local/{Path(name).resolve().name}",
         revision=commit or content,
         release_date=None,
         languages=None,
-        n_parameters=sum(parameter.numel() for parameter in parameters),
-        n_embedding_parameters=model.get_input_embeddings().weight.numel(),
-        memory_usage_mb=sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20,
-        max_tokens=max_tokens if max_tokens < _UNLIMITED else None,
-        embed_dim=settings.get("truncate_dim", config.projection_dim),
+        **size,
         license=_licence(name, commit),
         open_weights=None,
         public_training_code=None,

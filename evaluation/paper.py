@@ -41,6 +41,12 @@ def terminal_table(left: Sequence[str], columns: Sequence[str], right: Sequence[
     return "\n".join(" ".join([row[0].ljust(widths[0]), *of[1:]]).rstrip() for row, of in zip(rows, cells, strict=True))
 
 
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """The same for a file; a column of the paper is `"VISTA GCL+Pairwise"`. The first is flush left."""
+    rows = [[cell.replace("_", " ") for cell in header], ["---"] + ["---:"] * (len(header) - 1), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 def _head(column: str) -> tuple[str, str, str]:
     """`"VISTA_GCL+Pairwise"` → `"VISTA", "GCL+", "Pairwise"`."""
     model, _, training = column.partition("_")

@@ -23,6 +23,12 @@ MAIN_FIGURES = {
     "cos i,it": lambda result: result["gap"]["cosine"]["i,it"],
     "cos t,it": lambda result: result["gap"]["cosine"]["t,it"],
 }
+# of the run, not of its result; a run that was only evaluated has none
+COSTS = {
+    "trained parameters": lambda run: run["parameters"]["total"]["trained"],
+    "training, min": lambda run: run["train_runtime"] / 60,
+    "peak memory, GiB": lambda run: run["peak_memory"] / 2**30,
+}
 POOLS = ("local", "global")
 FIGURES = MAIN_FIGURES | {f"{d} {pool}": _hit(d, pool) for d in HEADLINE for pool in POOLS}
 _COLOURS = {"local": "#0072B2", "global": "#D55E00"}
@@ -38,7 +44,8 @@ def summarize(runs: Mapping[str, Sequence[Path]], out: Path) -> str:
         out: folder, made if absent.
 
     Returns:
-        The markdown: one table of headline, mixed search and gap, one of the directions (local / global hit@10).
+        The markdown: one table of headline, mixed search and gap, one of the directions (local / global hit@10), one of
+        what training cost, where the runs say so.
 
     Raises:
         ValueError: a file without an `"after"` result, or results of different protocols.
@@ -50,6 +57,7 @@ def summarize(runs: Mapping[str, Sequence[Path]], out: Path) -> str:
             "seeds": len(group),
             "files": [str(path) for path in runs[name]],
             **{figure: _mean_std([read(result) for result in group]) for figure, read in FIGURES.items()},
+            "costs": _costs([json.loads(path.read_text()) for path in runs[name]]),
         }
         for name, group in results.items()
     }
@@ -73,6 +81,14 @@ def read_result(path: Path) -> dict:
     return result
 
 
+def _costs(runs: list[dict]) -> dict:
+    """Mean and deviation of each cost; empty unless all of the runs tell all of them."""
+    try:
+        return {cost: _mean_std([read(run) for run in runs]) for cost, read in COSTS.items()}
+    except KeyError:
+        return {}
+
+
 def _mean_std(values: list[float]) -> dict:
     """Sample standard deviation; None for a single value, which has none."""
     return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
@@ -94,7 +110,18 @@ def _markdown(summary: dict) -> str:
     for name, row in summary.items():
         cells = [" / ".join(f"{row[f'{d} {pool}']['mean']:.1f}" for pool in POOLS) for d in HEADLINE]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if any(row["costs"] for row in summary.values()):
+        lines += ["", "What training cost:", "", "| run | " + " | ".join(COSTS) + " |", "|---|" + "---:|" * len(COSTS)]
+        for name, row in summary.items():
+            cells = [_cost_cell(row["costs"].get(cost)) for cost in COSTS]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _cost_cell(value: dict | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value['mean']:,.0f}" if value["mean"] >= 1000 else _cell(value, 1)
 
 
 def _bars(summary: dict, path: Path) -> None:

@@ -10,11 +10,11 @@ import torch
 
 from modeling_gcl import GCLModel, GCLProcessor
 from modeling_gcl.fusion_gcl import drawn_pairs
+from publishing.hub_folder import ADAPTER_FOLDER, base_model_ids, shown_name, write_conversion
 from publishing.model_folder import save_model_folder
 from publishing.new_folder import check_is_new, new_folder
 from retrieval.adapters import adapter_base, load_adapter, save_adapter
 
-ADAPTER_FOLDER = "adapter"
 TOLERANCE = 1e-5  # of coordinates of unit vectors in float32
 
 
@@ -24,7 +24,7 @@ def save_with_adapter(folder: str | Path, peft_model, processor: GCLProcessor, b
 
     Args:
         folder: as for `save_model_folder`.
-        peft_model: `peft.PeftModel` over a [`GCLModel`]; merged in place.
+        peft_model: `peft.PeftModel` over a [`GCLModel`]; merged in place, unless it is held in 4 bits.
         processor: the model's.
         base_checksums: of the adapter's base, from `retrieval.adapters.weight_checksums`.
 
@@ -35,13 +35,15 @@ def save_with_adapter(folder: str | Path, peft_model, processor: GCLProcessor, b
         ValueError: training changed nothing, or what was saved is not what was trained.
     """
     folder = Path(folder)
+    save_adapter(folder / ADAPTER_FOLDER, peft_model, base_checksums)
+    if getattr(peft_model.get_base_model(), "is_quantized", False):  # merged it is with the base in full precision
+        peft_model = load_adapter(folder / ADAPTER_FOLDER).to(peft_model.device)
     peft_model.eval()
     trained = _embed(peft_model, processor)
     with peft_model.disable_adapter():
         change = (_embed(peft_model, processor) - trained).abs().max().item()
     if change == 0:
         raise ValueError("training has changed nothing: the adapted model embeds as its base. Raise learning_rate")
-    save_adapter(folder / ADAPTER_FOLDER, peft_model, base_checksums)
     merged = peft_model.merge_and_unload()
     save_model_folder(folder, merged, processor)
     reloaded = {
@@ -74,9 +76,13 @@ def merge_adapter(adapter: str | Path, out: str | Path, base: str | None = None,
     """
     check_is_new(Path(out))
     merged = load_adapter(adapter, base, revision).merge_and_unload()
-    processor = GCLProcessor.from_encoder(base or adapter_base(Path(adapter)), revision=revision)
+    base = base or adapter_base(Path(adapter))
+    processor = GCLProcessor.from_encoder(base, revision=revision)
+    origin = {"base_model": shown_name(base), "base_model_ids": base_model_ids(base)}
+    done = f"The LoRA adapter {shown_name(str(adapter))} is merged into its weights."
     with new_folder(Path(out)) as folder:
         save_model_folder(folder, merged, processor)
+        write_conversion(folder, out=Path(out), model=merged, processor=processor, conversion=done, **origin)
     return Path(out)
 
 

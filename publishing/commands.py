@@ -1,5 +1,5 @@
-"""`gcl convert`: other checkpoints into folders that GCL starts from, own test data into M-BEIR's layout.
-`gcl push`: a folder onto the Hub."""
+"""`gcl convert`: other checkpoints into folders that GCL starts from, own test data into M-BEIR's layout, models into
+other forms and a Space. `gcl card`: a folder's model card anew. `gcl push`: a folder onto the Hub."""
 
 import sys
 from pathlib import Path
@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Turn checkpoints and test data into folders that GCL reads.")
+app = typer.Typer(
+    no_args_is_help=True, help="Turn checkpoints and test data into folders that GCL reads, and models into others."
+)
 
 
 @app.command("towers")
@@ -45,6 +47,7 @@ def centring(
 
     from evaluation.centring import estimate_modality_means
     from modeling_gcl import GCLModel, GCLProcessor
+    from publishing.hub_folder import base_model_ids, read_facts, shown_name, write_conversion
     from publishing.model_folder import save_model_folder
     from publishing.new_folder import check_is_new, new_folder
     from retrieval.processes import own_device
@@ -56,8 +59,17 @@ def centring(
     encoder.to(own_device())
     pairs = load_pairs(SourceArguments(data, split=split, limit=limit))
     estimate_modality_means(encoder, processor, pairs, batch_size=batch_size, show_progress=sys.stderr.isatty())
+    done = (
+        f"Its weights are unchanged; the modality means of {len(pairs):,} pairs of {shown_name(data)} lie "
+        "beside them, and `AutoModel.from_pretrained(..., centring=True)` subtracts them (GR-CLIP, arXiv 2507.19054)."
+    )
+    origin = {"base_model": shown_name(model), "base_model_ids": base_model_ids(model)}
+    if (Path(model) / "card.json").is_file():
+        told = read_facts(Path(model))
+        origin |= {"licence": told.licence, "licence_note": told.licence_note}
     with new_folder(out) as folder:
         save_model_folder(folder, encoder, processor)
+        write_conversion(folder, out=out, model=encoder, processor=processor, conversion=done, **origin)
     typer.echo(out)
 
 
@@ -159,6 +171,64 @@ def onnx(
     from publishing.onnx_graphs import convert_to_onnx
 
     typer.echo(convert_to_onnx(model, out, revision=revision))
+
+
+@app.command("space")
+def space(
+    model: Annotated[str, typer.Argument(help="Hub id of a GCL checkpoint.")],
+    data: Annotated[str, typer.Argument(help="Captioned images that may be published: folder, file, or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    base: Annotated[str | None, typer.Option(help="Hub id of another model to compare.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Only the first pairs.")] = 1000,
+    image_root: Annotated[
+        str | None, typer.Option(help="Folder that image paths are relative to. By default that of DATA.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows embedded at once.")] = 64,
+    title: Annotated[str, typer.Option(help="Of the Space.")] = "GCL search",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="That of BASE.")] = None,
+):
+    """The page of gcl demo as a Gradio Space, with its gallery and embeddings in it; hf upload pushes it."""
+    from retrieval.source_arguments import SourceArguments
+    from retrieval.sources import load_pairs
+
+    try:
+        from publishing.space import write_space
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{error}: pip install "universal-gcl[demo]"') from error
+    report = write_space(
+        model,
+        load_pairs(SourceArguments(data, split=split, limit=limit, image_root=image_root)),
+        out,
+        name=Path(data).name,
+        base=base,
+        revision=revision,
+        base_revision=base_revision,
+        title=title,
+        batch_size=batch_size,
+        show_progress=True,
+    )
+    typer.echo(report)
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(help="Model folder that training or a converter saved.")],
+    repo_id: Annotated[
+        str | None, typer.Option("--id", help="ORGANISATION_OR_USER/NAME that the card's snippets load.")
+    ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="results.json of `gcl evaluate` on this model; may be given several times. Kept in FOLDER."),
+    ] = None,
+    licence: Annotated[
+        str | None, typer.Option(help="Of the weights, as the Hub spells it, such as mit or apache-2.0.")
+    ] = None,
+):
+    """Write the model card of a folder anew, with benchmarks measured since."""
+    from publishing.hub_folder import rewrite_card
+
+    typer.echo(rewrite_card(folder, repo_id=repo_id, results=results or [], licence=licence))
 
 
 def push(

@@ -1,190 +1,69 @@
-"""The model card: `README.md` of a saved folder, filled from the facts of the run that made it.
+"""The model card: the text of `README.md`, filled from the facts of the run that made the model.
 
 - Every figure comes from `CardFacts`; a fact that is missing is an error, never a gap in the text.
-- The metadata (YAML head) goes through huggingface_hub's `ModelCardData` and is read back before it is written.
+- The metadata (YAML head) goes through huggingface_hub's `ModelCardData` and is read back before it is used.
 - The text is `hub_configs/model_card_template.md`.
 """
 
-import os
-import re
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from jinja2 import Environment, StrictUndefined
 
 from evaluation.pairs import HEADLINE
 from evaluation.report import nine_way_markdown
+from publishing.benchmarks import benchmark_markdown, benchmark_title, model_index, slug
+from publishing.card_facts import LOSSES, CardFacts, check_facts
+from publishing.mteb_meta import mteb_fields
 
 TEMPLATE = Path(__file__).resolve().parents[1] / "hub_configs" / "model_card_template.md"
-TAGS = ["gcl", "multimodal-retrieval", "composed-image-retrieval", "image-text", "embeddings", "custom_code"]
+TAGS = [
+    "gcl", "multimodal-retrieval", "composed-image-retrieval", "image-text", "embeddings", "sentence-transformers",
+    "custom_code",
+]  # fmt: skip
 PICTURES = {
     "nine_way": "Hit@10 of the nine directions, before and after",
-    "modality_pca": "Image, text and fused embeddings in the plane of their first two principal components",
+    "modality_pca": "The modality gap: image, text and fused embeddings in the plane of their first two principal "
+    "components, and the means of the three",
     "training_curves": "Loss and temperature during training",
     "result_sheet": "Searches of the trained model: a query and its first five candidates",
-}
-LOSSES = {
-    "gcl": "Generalized Contrastive Learning (GCL, [arXiv 2509.25638](https://arxiv.org/abs/2509.25638))",
-    "cl": "the symmetric image-text contrastive loss of CLIP (CL, a baseline of GCL)",
-    "alignclip": "intra-modality separation (AlignCLIP, [arXiv 2406.17639](https://arxiv.org/abs/2406.17639), a "
-    "baseline of GCL)",
 }
 NOTABLE_LOSS = 0.005  # half a point of hit@10
 
 
-@dataclass
-class DataSource:
-    """Pairs from one place.
-
-    Args:
-        source: Hub id, or a description or relative path of local data.
-        pairs: number of pairs used.
-        skipped: number of pairs left out because their image was missing or broken.
-        name, revision: configuration and commit of a Hub data set, or a local file's version or checksum.
-        licence: of the data, if known.
-        on_hub: whether `source` is a data set on the Hub.
+def card_text(facts: CardFacts) -> str:
     """
-
-    source: str
-    pairs: int
-    skipped: int = 0
-    name: str | None = None
-    revision: str | None = None
-    licence: str | None = None
-    on_hub: bool = False
-
-
-@dataclass
-class CardFacts:
-    """What a model card tells. Fields without a default are required, and none of them may be empty.
-
-    Args:
-        title: heading of the card, and the model's name in its metadata.
-        model_name: Hub id (or folder) that the usage snippet loads.
-        base_model: what training started from, in words or as a Hub id.
-        loss: "gcl", "cl" or "alignclip".
-        licence: of the weights, as the Hub spells it: "apache-2.0", "cc-by-sa-4.0", ..., "other".
-        command: the exact command line.
-        recipe: the recipe as run, overrides included (`model`, `data`, `training`).
-        training_arguments: name → value of the hyper-parameters worth a table (learning rate, batch size, ...).
-        data: training sources; dicts with `DataSource`'s fields are accepted.
-        environment: what `evaluation.environment.collect_environment` returned.
-        train_runtime: seconds.
-        parameters: `{"total": int, "trainable": int}`.
-        embedding_dim: D.
-        seed: of the training run.
-        matryoshka_dims: dimensions that embeddings were trained to be cut to, falling from D; empty: D alone.
-        base_model_ids: Hub ids of the pretrained models inside, for the metadata.
-        eval_data: the pairs evaluated on; given together with `results_after`, or neither.
-        results_before, results_after: what `evaluation.pairs.evaluate_pairs` returned; the first is optional.
-        pictures: name (see `PICTURES`) → path relative to the card's folder.
-        licence_note: a sentence on what else binds the user, e.g. the training data's licence.
-        languages: of the captions, ISO 639 codes.
-    """
-
-    title: str
-    model_name: str
-    base_model: str
-    loss: str
-    licence: str
-    command: str
-    recipe: dict
-    training_arguments: dict
-    data: list
-    environment: dict
-    train_runtime: float
-    parameters: dict
-    embedding_dim: int
-    seed: int
-    base_model_ids: list[str] = field(default_factory=list)
-    matryoshka_dims: list[int] = field(default_factory=list)
-    eval_data: DataSource | dict | None = None
-    results_before: dict | None = None
-    results_after: dict | None = None
-    pictures: dict[str, str] = field(default_factory=dict)
-    licence_note: str = ""
-    languages: list[str] = field(default_factory=lambda: ["en"])
-
-    def __post_init__(self):
-        self.data = [DataSource(**source) if isinstance(source, dict) else source for source in self.data or []]
-        if isinstance(self.eval_data, dict):
-            self.eval_data = DataSource(**self.eval_data)
-
-
-def write_model_card(folder: str | Path, facts: CardFacts) -> Path:
-    """Writes `README.md` into `folder`, replacing the one that is there.
-
-    Returns:
-        Path of the card.
+    The whole of `README.md`.
 
     Raises:
         ValueError: a fact is missing, inconsistent, or not what the Hub takes; the message names it.
-        FileNotFoundError: a picture is not in the folder.
     """
-    folder = Path(folder)
     check_facts(facts)
-    for name, path in facts.pictures.items():
-        if not (folder / path).is_file():
-            raise FileNotFoundError(f"CardFacts.pictures[{name!r}] is {path!r}, which {folder} does not hold.")
     metadata = card_metadata(facts)
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{render(facts)}")
     if card.data.to_dict() != metadata.to_dict():
         raise ValueError(
             f"the card's metadata does not survive YAML: {metadata.to_dict()} became {card.data.to_dict()}"
         )
-    path = folder / "README.md"
-    partial = folder / "README.md.partial"
-    card.save(partial)
-    os.replace(partial, path)
-    return path
-
-
-def check_facts(facts: CardFacts) -> None:
-    """Raises ValueError where a fact is missing or does not go with another."""
-    optional = {"base_model_ids", "eval_data", "results_before", "results_after", "pictures", "licence_note"}
-    optional |= {"matryoshka_dims"}
-    for each in fields(facts):
-        value = getattr(facts, each.name)
-        if each.name not in optional and (value is None or value in ("", [], {})):
-            raise ValueError(f"the model card needs CardFacts.{each.name}, which is {value!r}")
-    if facts.loss not in LOSSES:
-        raise ValueError(f"CardFacts.loss is {facts.loss!r}: the model card knows {', '.join(LOSSES)}")
-    for key in ("total", "trainable"):
-        if key not in facts.parameters:
-            raise ValueError(f"the model card needs CardFacts.parameters[{key!r}]")
-    for key in ("python", "packages", "platform", "cpu", "gpus", "image_backend", "git"):
-        if key not in facts.environment:
-            raise ValueError(f"the model card needs CardFacts.environment[{key!r}]: see collect_environment()")
-    for repo_id in [*facts.base_model_ids, *(source.source for source in facts.data if source.on_hub)]:
-        check_hub_id(repo_id)
-    if (facts.eval_data is None) != (facts.results_after is None):
-        raise ValueError("the model card needs CardFacts.eval_data and results_after together, or neither")
-    if facts.results_before is not None and facts.results_after is None:
-        raise ValueError("the model card needs CardFacts.results_after beside results_before")
-
-
-def check_hub_id(repo_id: str) -> None:
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no id on the Hub, though the card's facts say so: {error}") from error
+    return str(card)
 
 
 def card_metadata(facts: CardFacts) -> ModelCardData:
-    """The card's YAML head. Hit rates in percent."""
+    """The card's YAML head. Rates in percent."""
+    results = (eval_results(facts) if facts.results_after else []) + model_index(facts.benchmarks)
+    relation = {} if facts.conversion or not facts.base_model_ids else {"base_model_relation": "finetune"}
     return ModelCardData(
-        language=facts.languages,
+        language=facts.languages or None,
         license=facts.licence,
         library_name="transformers",
         pipeline_tag="feature-extraction",
-        tags=TAGS,
+        tags=[*TAGS, *(["peft", "lora"] if facts.adapter_base else [])],
         base_model=facts.base_model_ids or None,
         datasets=[source.source for source in facts.data if source.on_hub] or None,
-        model_name=facts.title if facts.results_after else None,
-        eval_results=eval_results(facts) if facts.results_after else None,
+        model_name=facts.title if results else None,
+        eval_results=results or None,
+        **relation,
     )
 
 
@@ -224,16 +103,21 @@ def render(facts: CardFacts) -> str:
     environment.filters |= {"cell": cell, "duration": duration, "thousands": lambda number: f"{number:,}"}
     results = {"before": facts.results_before, "after": facts.results_after}
     results = {name: result for name, result in results.items() if result is not None}
+    pictures = [name for name in dict.fromkeys((*PICTURES, *facts.pictures)) if name in facts.pictures]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         facts=facts,
-        loss=LOSSES[facts.loss],
+        loss=LOSSES.get(facts.loss),
         recipe_yaml=yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True).strip(),
-        pictures=[(PICTURES.get(name, name.replace("_", " ")), path) for name, path in facts.pictures.items()],
+        pictures=[(PICTURES.get(name, name.replace("_", " ")), facts.pictures[name]) for name in pictures],
         total_pairs=sum(source.pairs for source in facts.data),
         table=nine_way_markdown(results) if results else "",
         top10_columns=list(results),
         top10_rows=top10_rows(list(results.values())),
         losses=losses(facts.results_before, facts.results_after) if facts.results_before else [],
+        benchmarks=[(benchmark_title(run), benchmark_markdown(run)) for run in facts.benchmarks],
+        mteb_fields=mteb_fields(facts),
+        # an adapter on a folder of this machine is of no use to others
+        adapter=facts.adapter_base is not None and not (facts.on_hub and Path(facts.adapter_base).exists()),
     )
     if "more information needed" in text.casefold():
         raise ValueError("the model card's text says 'More information needed': fill the fact it stands for")
@@ -270,7 +154,3 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     parts = [(hours, "h"), (minutes, "min"), (rest, "s")]
     return " ".join(f"{number} {unit}" for number, unit in parts if number) or "0 s"
-
-
-def slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.casefold()).strip("-")

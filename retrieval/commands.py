@@ -1,4 +1,4 @@
-"""`gcl embed` and `gcl search`."""
+"""`gcl embed`, `gcl search` and `gcl demo`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -102,3 +102,44 @@ def search(
         f"{out}: the best {run.manifest['k']:,} of {sum(map(len, stores[1:])):,} rows for each of "
         f"{len(run.query_ids):,} queries" + (f"; {missing:,} queries have no embedding" if missing else "")
     )
+
+
+def demo(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")],
+    data: Annotated[str, typer.Argument(help="Captioned images: folder, .parquet, .jsonl, .csv, or Hub id.")],
+    base: Annotated[
+        str | None, typer.Option(help="Another model to compare, as the one that training started from.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pairs.")] = None,
+    image_root: Annotated[
+        str | None, typer.Option(help="Folder that image paths are relative to. By default that of DATA.")
+    ] = None,
+    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows embedded at once.")] = 64,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL on the Hub.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="That of BASE.")] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for embeddings and small pictures; the same again starts at once.")
+    ] = Path("outputs/demo"),
+    host: Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(help="Port to serve on.", show_default="the first free from 7860 on")
+    ] = None,
+):
+    """Search captioned images in the browser by text, image or both; images, captions and both are one pool."""
+    from retrieval.gallery_folder import LoadedModel, write_gallery
+    from retrieval.source_arguments import SourceArguments
+    from retrieval.sources import load_pairs
+
+    try:
+        from retrieval.demo import build_app, encoder_of, launch
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{error}: pip install "universal-gcl[demo]"') from error
+    pairs = load_pairs(SourceArguments(data, split=split, limit=limit, image_root=image_root))
+    models = LoadedModel.load_all(model, base, revision=revision, base_revision=base_revision)
+    name = Path(data).name
+    folder = out / f"{name}-{len(pairs)}"
+    gallery = write_gallery(pairs, models, folder, name=name, batch_size=batch_size, show_progress=True)
+    app = build_app(gallery, {loaded.label: encoder_of(loaded.model, loaded.processor) for loaded in models})
+    typer.echo(f"{launch(app, server_name=host, server_port=port)} (end it by Ctrl+C)")
+    app.block_thread()

@@ -13,6 +13,7 @@ import gcl
 from evaluation.commands.options import sessions
 from evaluation.embeddings import PairEmbeddings
 from modeling_gcl import GCLModel
+from publishing.push import check_folder
 from retrieval.source_arguments import SourceArguments
 from retrieval.sources import load_pairs
 
@@ -74,6 +75,11 @@ def test_stored_means_are_an_option_of_the_checkpoint(model_folder, tmp_path, mo
     calibration = write_parquet(tmp_path / "b.parquet", 20, seed=9)
     assert run(monkeypatch, "convert", "centring", model_folder, calibration, tmp_path / "with_means") == 0
     assert (tmp_path / "with_means" / "modules.json").is_file()  # loads in sentence-transformers too
+    check_folder(tmp_path / "with_means")  # as it is pushed
+    card = (tmp_path / "with_means" / "README.md").read_text()
+    assert "made from\n**model** without training" in card and "20 pairs of b.parquet" in card
+    assert "gcl convert centring" in card and "## Conversion" in card and "hyper-parameter" not in card
+    assert str(tmp_path / "with_means") in card and "license" not in card.split("---")[1]
     plain, centred = (AutoModel.from_pretrained(tmp_path / "with_means", centring=on).eval() for on in (False, True))
     assert AutoModel.from_pretrained(tmp_path / "with_means").config.centring is False
     again = run(monkeypatch, "convert", "centring", model_folder, calibration, tmp_path / "with_means")

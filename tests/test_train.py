@@ -3,22 +3,44 @@
 import csv
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from backbones import random_image
+from doors import run_outside
 from hub_on_loopback import TOKEN
 
 import train
 from evaluation.pairs import evaluate_pairs
 from modeling_gcl import GCLModel, GCLProcessor
+from publishing.hub_folder import files_for
+from publishing.push import check_folder
 from retrieval.adapters import load_adapter
 from retrieval.source_arguments import SourceArguments
 from retrieval.source_checks import SourceReport
 from retrieval.sources import load_pairs
 from training.training_arguments import GCLTrainingArguments
+
+# mteb asks for it where images are embedded; nothing here needs it
+WITHOUT_TORCHVISION = """
+from mteb.models import ModelMeta
+ModelMeta._check_requirements = lambda self: None
+"""
+# what the card's snippets leave: each way in gives the vectors of `encode`, mteb's of a fused row too
+COMPARE = """
+import datasets, json, mteb
+from mteb._create_dataloaders import create_dataloader
+from mteb.types import PromptType
+
+metadata = mteb.get_task("EDIST2ITRetrieval").metadata
+row = {"id": ["1"], "image": [Image.open("dog.jpg")], "text": ["the same dog, in snow"]}
+options = {"task_metadata": metadata, "prompt_type": PromptType.document}
+loader = create_dataloader(datasets.Dataset.from_dict(row), batch_size=1, **options)
+by_mteb = mteb_model.encode(loader, hf_split="test", hf_subset="default", batch_size=1, **options)
+found = {"query": texts, "image": images, "fused": fused, "mteb": by_mteb, "forward": output.fused_embeds}
+expected = {"query": queries, "image": candidates[:1]} | dict.fromkeys(("fused", "mteb", "forward"), candidates[2:])
+print(json.dumps([float((torch.as_tensor(found[name]) - expected[name]).abs().max()) for name in found]))
+"""
 
 
 def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys, hub, monkeypatch):
@@ -34,7 +56,15 @@ def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys, hub, monkeypat
     code = {"configuration_gcl.py", "modeling_gcl.py", "encoding_gcl.py", "loss_gcl.py", "processing_gcl.py"}
     code |= {"rows_gcl.py", "tiles_gcl.py", "logsumexp_gcl.py", "triton_gcl.py", "pooling_gcl.py", "video_gcl.py"}
     pictures = {f"pictures/{name}.png" for name in ("nine_way", "modality_pca", "training_curves", "result_sheet")}
-    files = {"README.md", "recipe.yaml", "environment.json", "data.json", "results.json", "model.safetensors"}
+    files = {
+        "README.md",
+        "card.json",
+        "recipe.yaml",
+        "environment.json",
+        "data.json",
+        "results.json",
+        "model.safetensors",
+    }
     sentence_transformers = {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
     assert code | pictures | files | sentence_transformers <= names
     for name in names:
@@ -54,10 +84,11 @@ def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys, hub, monkeypat
 
     card = (folder / "README.md").read_text()
     assert "base_model" not in card.split("---")[1]  # a local folder is no Hub id
-    snippet = re.search(r"```python\n(.*?)```", card, re.S).group(1)
+    snippets = re.findall(r"```python\n(.*?)```", card, re.S)
+    assert len(snippets) == 4
     random_image(0).save(tmp_path / "dog.jpg")
-    run = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    printed = run_outside(WITHOUT_TORCHVISION + "\n".join(snippets) + COMPARE, tmp_path)
+    assert max(json.loads(printed.splitlines()[-1])) < 1e-5
     # the recipe beside the weights repeats the run; the finished folder is what is pushed
     again = tmp_path / "again"
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -66,7 +97,10 @@ def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys, hub, monkeypat
     assert pushed.keys() - {".gitattributes"} == names and f"{hub.url}/org/tiny/commit/" in capsys.readouterr().out
     assert pushed["model.safetensors"] == (again / "model" / "model.safetensors").read_bytes()
     assert b"push_to_hub" not in pushed["recipe.yaml"]  # a stranger may not push there
-    assert b'from_pretrained("org/tiny"' in pushed["README.md"] and len(hub.repos["org/tiny"]["main"]) == 2
+    assert len(hub.repos["org/tiny"]["main"]) == 2
+    card = pushed["README.md"].decode()
+    assert card.count('"org/tiny"') == 6 and str(tmp_path / "again") not in card.split("## Training")[0]
+    assert "# tiny\n" in card and "org/tiny" not in (again / "model" / "README.md").read_text()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, GCLModel.from_pretrained(again / "model").state_dict()[name]), name
 
@@ -188,9 +222,19 @@ def test_lora_saves_adapter_and_merged_model(recipe, tmp_path, capsys):
     }.items():
         assert results[state] == json.loads(json.dumps(evaluate_pairs(model.eval(), processor, pairs))), state
     assert results["before"] != results["after"]
+    check_folder(out / "base")
+    card = (out / "model" / "README.md").read_text()
+    assert f"{total['trained']:,} of a LoRA adapter were trained, and merged" in card and "- lora\n" in card
+    transformers, _, adapter, _ = re.findall(r"```python\n(.*?)```", card, re.S)
+    compare = "print(float((adapted_queries - queries).abs().max()), adapted.peft_type.value)"
+    random_image(0).save(tmp_path / "dog.jpg")
+    difference, kind = run_outside(transformers + adapter + compare, tmp_path).split()[-2:]
+    assert float(difference) < 1e-5 and kind == "LORA"
+    pushed = files_for(out / "model", "org/tiny", "org/tiny-base")["README.md"]
+    assert 'AutoModel.from_pretrained("org/tiny-base"' in pushed and str(out) not in pushed.split("## Training")[0]
 
     again = ["--encoder", str(out / "base"), "--output_dir", str(tmp_path / "again"), "--eval_on_start", "false"]
-    train.main([str(recipe), "--fusion", "null", "--learning_rate", "1e-2", "--peft.use_dora", *again])
+    train.main([str(recipe), "--fusion", "null", "--learning_rate", "1e-2", "--peft.use_dora", "--bf16", *again])
     assert not (tmp_path / "again" / "base").exists()
     config = json.loads((tmp_path / "again" / "model" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(out / "base") and config["use_dora"]

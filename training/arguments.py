@@ -109,6 +109,8 @@ class DataArguments:
         max_text_length (`int`, *optional*):
             Captions are cut to this number of tokens. It is stored in the processor that is saved with the model, so
             that training and `encode` cut alike. By default the limit of the encoder's own processor or tokenizer.
+        languages (`list[str]`, *optional*, defaults to `[]`):
+            Languages of the captions for the model card, ISO 639 codes: `[en]`.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -121,6 +123,7 @@ class DataArguments:
     crop_scale: list[float] | None = field(default_factory=lambda: [0.9, 1.0])
     horizontal_flip: bool = False
     max_text_length: int | None = None
+    languages: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         if not self.train:
@@ -164,6 +167,9 @@ class LoraArguments:
             Rank-stabilised scaling (arXiv 2312.03732), for high ranks.
         use_dora (`bool`, *optional*, defaults to `False`):
             Weight-decomposed adapters (DoRA, arXiv 2402.09353): a learned magnitude beside the direction; slower.
+        load_in_4bit (`bool`, *optional*, defaults to `False`):
+            Hold the frozen weights in 4 bits, NF4, while training (QLoRA, arXiv 2305.14314), and compute in bfloat16.
+            For one GPU; needs bitsandbytes. What is saved is the adapter, and the float32 base with it merged.
         image_targets, text_targets (`str`, *optional*):
             Regular expression for the layers of a tower and its projection that get an adapter, found anywhere in
             their names, as in `q_proj|v_proj` or `layers\\.(10|11)\\.`. Linear layers and convolutions can have one.
@@ -179,6 +185,7 @@ class LoraArguments:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+    load_in_4bit: bool = False
     image_targets: str | None = None
     text_targets: str | None = None
 

@@ -6,8 +6,11 @@ therefore chosen here, by tower, and compared with what peft made.
 
 import re
 
+import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
 
+from modeling_gcl import GCLModel
 from training.freezing import PROJECTIONS
 
 TRAINED_WHOLE = ("logit_scale", "fusion")
@@ -18,7 +21,8 @@ def add_lora(model, arguments, base, revision=None):
     Freeze a model and add adapters to it.
 
     Args:
-        model (`GCLModel`): changed in place; what is frozen already gets no adapter.
+        model (`GCLModel`): changed in place, but for 4 bits, in which it is loaded from `base` anew; what is frozen
+            already gets no adapter.
         arguments (`LoraArguments`): of the recipe.
         base (`str`): folder or Hub id of a GCL checkpoint that holds this very model, which the adapter will name.
         revision (`str`, *optional*): of `base` on the Hub.
@@ -28,7 +32,7 @@ def add_lora(model, arguments, base, revision=None):
 
     Raises:
         ValueError: a regular expression fits no layer, or one that can't have an adapter.
-        ImportError: peft is not installed.
+        ImportError: peft, or for 4 bits bitsandbytes, is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -51,10 +55,19 @@ def add_lora(model, arguments, base, revision=None):
         base_model_name_or_path=base,
         revision=revision,
     )
+    if arguments.load_in_4bit:
+        model = _load_in_4bit(base, revision)
     model.name_or_path = base  # peft writes this one down
     adapted = get_peft_model(model, config)
     _check_adapted(adapted, targets, saved)
     return adapted
+
+
+def _load_in_4bit(base, revision):
+    # the gates stay as they are: they are trained whole
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["fusion"]}
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **settings)
+    return GCLModel.from_pretrained(base, revision=revision, dtype=torch.float32, quantization_config=config)
 
 
 def _targets(model, modality, regex):

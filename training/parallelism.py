@@ -38,6 +38,8 @@ def check_parallelism(arguments, accelerator, model):
             f"LoRA does not work here with {kind.value}: its gradients and optimiser state are small, so use "
             "hub_configs/accelerate/eight_gpus.yaml (DDP)"
         )
+    if arguments.world_size > 1 and getattr(model, "is_quantized", False):
+        raise ValueError("peft.load_in_4bit is for one process: leave it out with several")
     if kind == DistributedType.FSDP:
         _check_fsdp(accelerator.state.fsdp_plugin, accelerator.mixed_precision)
     if kind == DistributedType.DEEPSPEED:

@@ -28,6 +28,7 @@ def pairs(
     from evaluation.plots import modality_pca, nine_way_heatmap
     from evaluation.report import nine_way_markdown, nine_way_table
     from evaluation.result_sheet import result_sheet
+    from retrieval.fingerprint import model_fingerprint
     from retrieval.source_arguments import SourceArguments
     from retrieval.sources import load_pairs
     from retrieval.store import write_json
@@ -51,6 +52,7 @@ def pairs(
             continue
         session.out.mkdir(parents=True, exist_ok=True)
         settings = session.settings | {"data": data, "split": split, "limit": limit, "seed": seed}
+        settings["fingerprint"] = model_fingerprint(session.model, session.processor)
         written = {"command": "gcl evaluate pairs", **settings, "environment": collect_environment(), "after": result}
         write_json(session.out / "results.json", written)
         embeddings.save(session.out / "embeddings.safetensors")

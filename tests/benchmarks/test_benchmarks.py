@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import loss, protocol, scaling, search, step
+from benchmarks import adapters, loss, protocol, scaling, search, step
 from modeling_gcl import gcl_loss
 
 BENCHMARKS = Path(loss.__file__).parent
@@ -148,3 +148,18 @@ def test_the_gate_refuses_a_wrong_search(wrong, monkeypatch, tmp_path):
     monkeypatch.setitem(search.VARIANTS, wrong, shifted)
     with pytest.raises(SystemExit, match="faiss finds" if wrong == "faiss_flat" else f"{wrong}.*differs from"):
         search.gate(tmp_path, 3)
+
+
+def test_ways_to_train_a_part_are_measured(in_this_process, monkeypatch, tmp_path):
+    def worker(script, task, **_):
+        return step.run_step(task["tower"], task["batch"], None, step.measure_step, task["trained"])
+
+    monkeypatch.setattr(adapters, "run_worker", worker)
+    out = tmp_path / "adapters.json"
+    monkeypatch.setattr(
+        sys, "argv", ["adapters.py", "--tower", "small", "--batch", "8", "--rounds", "1", "--out", str(out)]
+    )
+    adapters.main()
+    rows = json.loads(out.read_text())["rows"]
+    assert max(rows[part]["trained"] for part in ("gates", "lora")) < rows["all"]["trained"] / 10
+    assert all(row["kept"] == 1 and row["ratio_to"]["all"]["rounds"] == 1 for row in rows.values())

@@ -35,3 +35,13 @@ def test_runs_that_cannot_be_compared_are_refused(make_embeddings, tmp_path):
         summarize({"a": [a], "b": [b]}, tmp_path / "out")
     with pytest.raises(ValueError, match="holds no result under 'after'"):
         summarize({"a": [write_results(tmp_path / "c.json", None)]}, tmp_path / "out")
+
+
+def test_costs_are_told_where_runs_tell_them(make_embeddings, tmp_path):
+    result = evaluate_embeddings(make_embeddings())
+    costs = {"parameters": {"total": {"trained": 1234567}}, "train_runtime": 90.0, "peak_memory": 3 * 2**30}
+    told, untold = tmp_path / "told.json", write_results(tmp_path / "untold.json", result)
+    told.write_text(json.dumps({"after": result} | costs))
+    assert "cost" not in summarize({"stage 1": [untold]}, tmp_path / "out")
+    markdown = summarize({"stage 1": [untold], "full": [told, told]}, tmp_path / "out")
+    assert "| stage 1 | – | – | – |" in markdown and "| full | 1,234,567 | 1.5 ± 0.0 | 3.0 ± 0.0 |" in markdown

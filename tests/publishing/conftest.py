@@ -6,7 +6,7 @@ import pytest
 from evaluation.embeddings import MODALITIES, PairEmbeddings
 from evaluation.environment import collect_environment
 from evaluation.pairs import evaluate_embeddings
-from publishing.model_card import CardFacts, DataSource
+from publishing.card_facts import CardFacts, DataSource
 
 
 def evaluate_random(noise, captions=4, seed=0, pairs=60):
@@ -54,8 +54,15 @@ def facts():
         eval_data=DataSource(source="quickstart/openmoji_test.parquet", name="OpenMoji, test", pairs=60),
         environment=collect_environment(),
         train_runtime=3725.4,
-        parameters={"total": 27146749, "trainable": 1234},
-        embedding_dim=256,
+        trained_parameters=1234,
+        size={
+            "n_parameters": 27146749,
+            "n_embedding_parameters": 11720448,
+            "memory_usage_mb": 103.56,
+            "max_tokens": 32,
+            "embed_dim": 256,
+        },
+        languages=["en"],
         seed=7,
         results_before=evaluate_random(noise=1.5),
         results_after=evaluate_random(noise=0.5),

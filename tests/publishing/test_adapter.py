@@ -2,14 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import peft
 import pytest
 import torch
-from backbones import random_image, tiny_encoder, tiny_processor
+from backbones import FAMILIES, TEXT, VISION, random_image, tiny_encoder, tiny_processor
 from doors import run_outside
 from hub_on_loopback import TOKEN
 from safetensors.torch import load_file, save_file
+from training_runs import make_trainer
 
 from modeling_gcl import GCLModel
 from publishing.adapter import merge_adapter, save_with_adapter
@@ -78,6 +80,29 @@ def copy(saved, tmp_path):
 @pytest.mark.parametrize("settings", [{"use_dora": True}, {"use_rslora": True, "image_targets": "q_proj"}])
 def test_kinds_of_adapters_are_read_back_and_merged(settings, base, tmp_path):
     save_with_adapter(tmp_path, trained(base, **settings), tiny_processor("clip"), weight_checksums(base))
+
+
+def test_trained_in_4_bits_it_is_merged_with_the_whole_base(tmp_path):
+    """On the CPU bitsandbytes trains nothing that was evaluated before: only this order is tried here."""
+    width = {"hidden_size": 128, "intermediate_size": 256}  # of tinier layers it can't pack the weights
+    family = replace(FAMILIES["clip"], text=TEXT | width, vision=VISION | width, backbone={"projection_dim": 64})
+    torch.manual_seed(0)
+    float_base = GCLModel.from_encoder(family.build(), fusion="gated_sum", logit_scale_init_value=10.0)
+    save_model_folder(tmp_path / "base", float_base, tiny_processor("clip"))
+    model = add_lora(float_base, LoraArguments(r=4, load_in_4bit=True), str(tmp_path / "base"))
+    layer = model.get_base_model().encoder.text_model.encoder.layers[0].mlp.fc1
+    assert type(layer.base_layer).__name__ == "Linear4bit" and layer.base_layer.weight.dtype == torch.uint8
+    trainer = make_trainer(tmp_path, model=model, num_train_epochs=1)
+    trainer.train()
+    merged = save_with_adapter(
+        tmp_path / "model", trainer.model, tiny_processor("clip"), weight_checksums(tmp_path / "base")
+    )
+    adapter = load_file(tmp_path / "model" / "adapter" / "adapter_model.safetensors")
+    part = "encoder.text_model.encoder.layers.0.mlp.fc1"
+    a, b = (adapter[f"base_model.model.{part}.lora_{side}.weight"] for side in "AB")
+    expected = float_base.get_parameter(f"{part}.weight") + 32 / 4 * b @ a
+    assert b.abs().max() > 0
+    torch.testing.assert_close(merged.get_parameter(f"{part}.weight"), expected)
 
 
 def test_a_training_that_changed_nothing_is_told(base, tmp_path):

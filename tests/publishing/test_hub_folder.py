@@ -29,6 +29,7 @@ def test_gathers_everything(folder, facts, tmp_path):
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
         "config.json",
         "README.md",
+        "card.json",
         "recipe.yaml",
         "environment.json",
         "data.json",

@@ -131,6 +131,32 @@ def test_what_the_hub_refuses_changes_nothing_and_says_what_to_do(hub, push, fol
     assert push.waits == [] and list(pushed(hub)) == []
 
 
+def test_a_card_that_the_hub_refuses_is_not_pushed(hub, push, folder):
+    hub.fail("POST", "/api/validate-yaml", 400)
+    with pytest.raises(ValueError, match="(?s)Invalid metadata in README.md.*Nothing has changed on the Hub"):
+        push(folder)
+    assert list(pushed(hub)) == []
+    (folder / "README.md").write_text("---\ntags: [\n---\n")
+    with pytest.raises(ValueError, match="(?s)head of README.md can't be read.*Nothing was pushed"):
+        push(folder, "org/other")
+    assert set(hub.repos) == {"org/clip-gcl"}
+
+
+def test_evaluation_results_go_along_and_old_ones_leave(hub, push, folder):
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results" / "gcl_mbeir_local.yaml").write_text("- value: 1\n")
+    (folder / ".eval_results" / "by_others.yaml").write_text("- value: 2\n")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "secret").write_text("not for the Hub")
+    push(folder)
+    hub.files("org/clip-gcl")["benchmarks/mbeir.json"] = b"of an older model"
+    expected = {name for name in on_disk(folder) if name != ".cache/secret"}
+    assert pushed(hub).keys() == expected | {"benchmarks/mbeir.json"}
+    (folder / ".eval_results" / "gcl_mbeir_local.yaml").unlink()
+    push(folder)
+    assert pushed(hub).keys() == expected - {".eval_results/gcl_mbeir_local.yaml"}
+
+
 def test_a_hub_that_stays_down_is_given_up(hub, push, folder):
     hub.fail("POST", "/commit/", 503, times=5)
     with pytest.raises(ConnectionError, match="failed 5 times, at last with status 503"):
@@ -166,6 +192,7 @@ def spoil_config(folder):
         (lambda folder: (folder / "config.json").unlink(), "is no model folder: there is no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "is not complete: there is no model.safetensors"),
         (lambda folder: (folder / "README.md").unlink(), "is not complete: there is no README.md"),
+        (lambda folder: (folder / "README.md").rename(folder / "card.json"), "README.md. Write it by `gcl card "),
         (lambda folder: (folder / "a.json.partial").touch(), "written in part, a.json.partial"),
     ],
 )

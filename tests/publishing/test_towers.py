@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoProcessor, BertModel
 import gcl
 from modeling_gcl import GCLModel, GCLProcessor
 from publishing import towers
+from publishing.push import check_folder
 
 # EfficientNet-Lite0's blocks: (repeats, kernel size, stride of the first, expansion), from its paper's table.
 STAGES = [(1, 3, 1, 1), (2, 3, 2, 6), (2, 5, 2, 6), (3, 3, 2, 6), (3, 5, 1, 6), (4, 5, 2, 6), (1, 3, 1, 6)]
@@ -39,6 +40,8 @@ def processor(folder):
 
 def test_joined_as_vista_the_towers_are_the_same(folder, tmp_path, model, processor):
     vista_folder = towers.convert_towers_to_vista(tmp_path / "vista", image_size=96)
+    check_folder(vista_folder)
+    assert "this is where training starts" in (vista_folder / "README.md").read_text()
     vista = GCLModel.from_pretrained(vista_folder).eval()
     assert vista.config.fusion == "native" and vista.config.projection_dim == 384
     inputs = processor(images=[Image.new("RGB", (90, 70), "red")], text=["a red dog"], return_tensors="pt")

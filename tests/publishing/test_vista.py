@@ -18,6 +18,8 @@ from vista_originals import FIXTURE, SlowVista, tiny_state, tiny_tokenizer
 
 import gcl
 from publishing import vista
+from publishing.hub_folder import files_for
+from publishing.push import check_folder
 from publishing.vista import convert_vista
 
 FRESH_PROCESS = """
@@ -115,6 +117,18 @@ def test_images_are_prepared_as_by_the_original(original, tmp_path):
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     expected = ((cropped - mean) / std).transpose(2, 0, 1)
     np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_a_converted_folder_may_be_pushed_with_a_card_that_says_what_it_is(vista_folder):
+    check_folder(vista_folder)
+    card = (vista_folder / "README.md").read_text()
+    assert (
+        "made from\n**original.pth** without training. It is VISTA (Visualized BGE, arXiv 2406.04292), variant" in card
+    )
+    assert "The licence of original.pth holds for the weights." in card and "was not evaluated" in card
+    assert "| seed |" not in card and "## Conversion\n" in card
+    pushed = files_for(vista_folder, "org/vista")["README.md"]
+    assert 'AutoModel.from_pretrained("org/vista"' in pushed and str(vista_folder) not in pushed.split("## Conv")[0]
 
 
 def test_rotary_tables_in_the_file_are_compared(original, tmp_path):

@@ -111,3 +111,10 @@ def test_lora_is_for_ddp(kind, state, monkeypatch):
     check(monkeypatch, model=adapted)
     with pytest.raises(ValueError, match=f"LoRA does not work here with {kind.value}.*eight_gpus.yaml"):
         check(monkeypatch, kind, state=state, model=adapted)
+
+
+def test_4_bits_are_for_one_process(monkeypatch):
+    quantized = SimpleNamespace(is_quantized=True)
+    check(monkeypatch, DistributedType.NO, world_size=1, model=quantized)
+    with pytest.raises(ValueError, match="peft.load_in_4bit is for one process"):
+        check(monkeypatch, model=quantized)

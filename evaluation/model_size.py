@@ -1,0 +1,24 @@
+"""A model's size, as mteb's ModelMeta and the model card state it."""
+
+_UNLIMITED = 10**6  # tokenizers without a limit state one of 10^30
+
+
+def model_size(model, processor) -> dict:
+    """
+    Args:
+        model: a `GCLModel`.
+        processor: the checkpoint's processor.
+
+    Returns:
+        `n_parameters`; `n_embedding_parameters`, of the tokens' table; `memory_usage_mb`, of the parameters in their
+        dtype, in MiB; `max_tokens` of a text, None without a limit; `embed_dim`.
+    """
+    parameters = list(model.parameters())
+    max_tokens = processor.max_text_length or processor.tokenizer.model_max_length
+    return {
+        "n_parameters": sum(parameter.numel() for parameter in parameters),
+        "n_embedding_parameters": model.get_input_embeddings().weight.numel(),
+        "memory_usage_mb": sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20,
+        "max_tokens": max_tokens if max_tokens < _UNLIMITED else None,
+        "embed_dim": model.config.projection_dim,
+    }
