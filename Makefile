@@ -3,15 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 THREADS ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
-OLDEST := build/oldest
+SUPPORTED := 5.12 5.17
 SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 TOWERS := build/minilm-efficientnet-lite0-96
+TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+# a process a core, four at most: each takes up to 2 GB
+PYTEST := -m pytest -q -m "not gpu and not slow" -n logical --maxprocesses 4 --dist loadfile
+DOORS := tests/publishing/test_doors.py tests/publishing/test_to_clip.py tests/publishing/test_push.py \
+	tests/publishing/test_adapter.py
+# models, checkpoints and a short training: on the oldest version of all
+ALSO_ON_5.12 := tests/modeling_gcl tests/publishing/test_hub_folder.py tests/publishing/test_towers.py \
+	tests/training/test_trainer.py tests/training/test_arguments.py tests/test_train.py \
+	--ignore-glob "*/test_*loss_gcl.py" --ignore-glob "*/test_t*_gcl.py"
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart install test test-oldest lint bench clean
+.PHONY: help quickstart install test test-supported $(SUPPORTED:%=test-on-%) lint bench clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 install: $(VENV)/installed  ## make .venv with CPU torch and all extras
 
@@ -30,21 +39,19 @@ quickstart: $(VENV)/installed $(TOWERS)/model.safetensors  ## train, evaluate an
 		--num_cpu_threads_per_process $(THREADS) train.py hub_configs/quickstart.yaml
 
 test: $(VENV)/installed  ## run the whole test suite, without network and GPU
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q -m "not gpu and not slow"
+	$(TEST_ENV) $(BIN)/python $(PYTEST)
 
-test-oldest: $(OLDEST)/installed  ## test models, checkpoints and a short training on the oldest transformers supported
-	HF_HUB_OFFLINE=1 $(OLDEST)/bin/python -m pytest -q -m "not gpu and not slow" \
-		tests/modeling_gcl tests/publishing/test_hub_folder.py tests/publishing/test_towers.py \
-		tests/publishing/test_doors.py tests/publishing/test_to_clip.py \
-		tests/training/test_trainer.py tests/training/test_arguments.py tests/test_train.py \
-		--ignore-glob "*/test_*loss_gcl.py" --ignore-glob "*/test_t*_gcl.py"
+test-supported: $(SUPPORTED:%=test-on-%)  ## test every door into a checkpoint on older transformers, models and training on the oldest
+
+$(SUPPORTED:%=test-on-%): test-on-%: build/transformers-%/installed
+	$(TEST_ENV) build/transformers-$*/bin/python $(PYTEST) $(DOORS) $(ALSO_ON_$*)
 
 # sees the packages of .venv behind its own, so that torch is not installed twice
-$(OLDEST)/installed: constraints-oldest.txt | $(VENV)/installed
-	$(BIN)/python -m venv --clear --without-pip $(OLDEST)
+$(SUPPORTED:%=build/transformers-%/installed): build/transformers-%/installed: constraints-transformers-%.txt | $(VENV)/installed
+	$(BIN)/python -m venv --clear --without-pip $(@D)
 	echo "import site; site.addsitedir('$$($(BIN)/python $(SITE_PACKAGES))')" > \
-		"$$($(OLDEST)/bin/python $(SITE_PACKAGES))/first.pth"
-	$(BIN)/pip --python $(OLDEST)/bin/python install --quiet -r constraints-oldest.txt
+		"$$($(@D)/bin/python $(SITE_PACKAGES))/first.pth"
+	$(BIN)/pip --python $(@D)/bin/python install --quiet -r $<
 	touch $@
 
 lint: $(VENV)/installed  ## check style

@@ -224,7 +224,11 @@ def _persist(call, repo_id):
     for attempt in range(1, ATTEMPTS + 1):
         try:
             return call()
-        except HTTPError as error:  # of the network too
+        except (HTTPError, RuntimeError) as error:  # of the network too
+            if not isinstance(error, HTTPError):  # huggingface_hub wraps what befell the upload of a file
+                if not isinstance(error.__cause__, HTTPError):
+                    raise
+                error = error.__cause__
             status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
             if status is not None and status not in _TRY_LATER:
                 raise ValueError(_explain(status, repo_id, error)) from error

@@ -2,6 +2,8 @@
 
 import shutil
 
+import caches  # noqa: F401, first of all
+import deprecations  # noqa: F401
 import huggingface_hub
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""A process in which neither this checkout nor its editable install can be imported, as at a user's."""
+"""A process in which neither this checkout nor its editable install can be imported, as at a user's; what is deprecated
+there is an error."""
 
 import os
 import subprocess
@@ -24,13 +25,13 @@ def run_outside(code, folder, **variables):
     -S leaves .pth files unread, by which an editable install is found."""
     paths = paths_outside()
     script = folder / "script.py"
-    script.write_text(PRELUDE.format(paths=paths) + code)
+    script.write_text(PRELUDE.format(paths=paths) + (TESTS / "deprecations.py").read_text() + code)
     environment = {
         "HF_MODULES_CACHE": str(folder / "modules"),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, "-I", "-S", script]
+    command = [sys.executable, "-I", "-S", "-W", "error::FutureWarning", script]
     environment = os.environ | environment | variables
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]

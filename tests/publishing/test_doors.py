@@ -129,3 +129,15 @@ def test_the_page(found_and_expected):
     for name in ("adapted_embeds", "auto_embeds"):
         torch.testing.assert_close(found[name], expected["tuned-by-lora"][[0, 2, 4]], atol=1e-5, rtol=0)
     torch.testing.assert_close(F.normalize(found["clip_text"]), expected["tuned-clip"][:1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "import warnings; warnings.warn('`old` is deprecated', FutureWarning)",
+        "from transformers import logging; logging.get_logger('transformers.any').warning_once('`old` is deprecated')",
+    ],
+)
+def test_what_is_deprecated_is_an_error_there_too(use, tmp_path):
+    with pytest.raises(AssertionError, match="FutureWarning: `old` is deprecated"):
+        run_outside(use, tmp_path)

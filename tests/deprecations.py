@@ -1,0 +1,18 @@
+"""What libraries of Hugging Face deprecate by their log is an error, as what they warn of is by setup.cfg."""
+
+import logging
+import re
+
+LIBRARIES = ("transformers", "huggingface_hub", "peft", "accelerate", "datasets", "sentence_transformers")
+
+
+class RaiseDeprecations(logging.Handler):
+    """transformers deprecates by `logger.warning_once` as often as by `warnings.warn`."""
+
+    def emit(self, record):
+        if re.search("depre[a-z]*ted|will be removed", record.getMessage(), re.IGNORECASE):
+            raise FutureWarning(record.getMessage())
+
+
+for name in LIBRARIES:
+    logging.getLogger(name).addHandler(RaiseDeprecations(logging.WARNING))
