@@ -67,7 +67,15 @@ def recipe(clip_folder, tmp_path):
 def hub(monkeypatch, tmp_path):
     """A Hub on this machine that this process speaks to, with no token of the user's."""
     with hub_on_loopback() as hub:
-        for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        settings = {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(tmp_path / "hub-cache"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # made when it was imported
+        for name, value in settings.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
         for name in ("HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH"):
             monkeypatch.setattr(huggingface_hub.constants, name, str(tmp_path / "no-token"))

@@ -31,7 +31,8 @@ def run_outside(code, folder, **variables):
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    command = [sys.executable, "-I", "-S", "-W", "error::FutureWarning", script]
+    warnings = ["-W", "error::FutureWarning", "-W", "ignore:`is_gradient_checkpointing`:FutureWarning"]  # peft's own
+    command = [sys.executable, "-I", "-S", *warnings, script]
     environment = os.environ | environment | variables
     run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -45,7 +45,7 @@ ONLY_PARSED = {
     "gcl search queries/ pool/": "README's queries are the reader's; those of docs/fine-tune.md are searched",
     "gcl demo": "serves until it is ended; tests/retrieval/test_demo.py",
     "gcl convert space": "a model and data of the Hub; tests/publishing/test_space.py",
-    "gcl card outputs/my_model": "results of a benchmark; tests/publishing/test_benchmarks.py",
+    "gcl card outputs/my_model": "results of a benchmark; tests/publishing/test_card_benchmarks.py",
     "gcl push": "needs a Hub; tests/publishing/test_push.py",
     "accelerate launch": "a training takes seconds: those of TRAINED run, the recipes and options of others are parsed",
 }
