@@ -164,8 +164,8 @@ def _with_base(adapter, base_id):
 def check_folder(folder: Path) -> None:
     """
     Raises:
-        ValueError: the folder is no GCL checkpoint, misses weights or a model card, holds files that are damaged or that
-            writing left half done, or a link to a folder, whose files would be left out.
+        ValueError: the folder is no GCL checkpoint, misses weights or a model card, holds files that are damaged or
+            that writing left half done, or a link to a folder, whose files would be left out.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
