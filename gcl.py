@@ -22,9 +22,11 @@ def main():
     try:
         app()
     except Exception as error:
+        from safetensors import SafetensorError
+
         from retrieval.failures import failing_together, stop
 
-        if isinstance(error, (ValueError, OSError, ModuleNotFoundError, FloatingPointError)):
+        if isinstance(error, (ValueError, OSError, ModuleNotFoundError, FloatingPointError, SafetensorError)):
             stop(error)
         with failing_together():
             raise

@@ -4,12 +4,14 @@ Parses the recipe, builds model and data, evaluates, trains, evaluates again and
 `<output_dir>/model`. `python train.py --help` lists every key.
 """
 
+import shutil
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import set_seed
 
 from evaluation.environment import collect_environment, command_line
@@ -22,7 +24,14 @@ from modeling_gcl import GCLConfig, GCLModel, GCLProcessor, ImageError, load_ima
 from modeling_gcl.backbone_gcl import model_type_of
 from publishing.adapter import save_with_adapter
 from publishing.card_facts import CardFacts, DataSource
-from publishing.hub_folder import base_model_ids, local_name, shown_name, write_conversion, write_hub_folder
+from publishing.hub_folder import (
+    ADAPTER_FOLDER,
+    base_model_ids,
+    local_name,
+    shown_name,
+    write_conversion,
+    write_hub_folder,
+)
 from publishing.model_folder import save_model_folder
 from publishing.push import check_may_push, push_folder
 from retrieval.adapters import weight_checksums
@@ -71,9 +80,10 @@ def build_model(arguments, max_text_length):
 def build_lora(recipe, model, processor):
     """The model with adapters. They sit on the recipe's encoder if that is a GCL checkpoint which the recipe leaves as
     it is, else on a GCL folder of the model as it is now, `<output_dir>/base`."""
-    base, revision = recipe.model.encoder, recipe.model.revision
-    if not is_unchanged(recipe.model):
-        base, revision = (Path(recipe.training.output_dir) / "base").absolute(), None
+    base, out = recipe.model.encoder, Path(recipe.training.output_dir).absolute()
+    # what this run writes to has other weights in the end
+    if not is_unchanged(recipe.model) or Path(base).resolve() == (out / "model").resolve():
+        base = out / "base"
         with recipe.training.main_process_first():
             if recipe.training.process_index == 0:
                 save_model_folder(base, model, processor)
@@ -90,15 +100,18 @@ def build_lora(recipe, model, processor):
                 )
     elif Path(base).exists():
         base = Path(base).absolute()
-    return add_lora(model, recipe.peft, str(base), revision)
+    return add_lora(model, recipe.peft, str(base))
 
 
 def is_unchanged(arguments):
-    """Whether a recipe's `model:` section means a GCL checkpoint just as it is stored."""
-    overrides = (arguments.fusion, arguments.text_pooling, arguments.logit_scale_init, arguments.max_logit_scale)
-    if model_type_of(arguments.encoder, arguments.revision) != GCLConfig.model_type or overrides != (None,) * 4:
+    """Whether a recipe's `model:` section means a GCL checkpoint as it is stored, and as AutoModel will find it, which
+    loads the base of an adapter at its newest commit, whatever the adapter says."""
+    if arguments.revision is not None:
         return False
-    return not GCLConfig.from_pretrained(arguments.encoder, revision=arguments.revision).centring
+    overrides = (arguments.fusion, arguments.text_pooling, arguments.logit_scale_init, arguments.max_logit_scale)
+    if model_type_of(arguments.encoder) != GCLConfig.model_type or overrides != (None,) * 4:
+        return False
+    return not GCLConfig.from_pretrained(arguments.encoder).centring
 
 
 def fusion_line(config):
@@ -155,7 +168,7 @@ def main(argv):
             check_may_push(repo_id, recipe.training.hub_token)
         environment = collect_environment()  # now: the checkout may move on while this runs
         trainer, train_reports, eval_report, environment["training_images"] = build_trainer(recipe)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         stop(error)
     arguments = recipe.training
     if trainer.is_world_process_zero():
@@ -200,13 +213,14 @@ def save(trainer, folder):
     if not hasattr(model, "peft_config"):
         weights = trainer.accelerator.get_state_dict(model)  # on every rank: sharded ones are gathered
         if trainer.is_world_process_zero():
+            shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)  # of an earlier run, on other weights
             save_model_folder(folder, model, processor, state_dict=weights)
         return
     # without the autocast of mixed precision around its forward, in which nothing is equal to 1e-5
     model = trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if trainer.is_world_process_zero():
         config = model.peft_config["default"]
-        checksums = weight_checksums(config.base_model_name_or_path, config.revision)
+        checksums = weight_checksums(config.base_model_name_or_path)
         trainer.model = save_with_adapter(folder, model, processor, checksums)
     else:
         trainer.model = model.merge_and_unload()

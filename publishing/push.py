@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
+from safetensors import SafetensorError, safe_open
 
 from publishing.benchmarks import OURS
 from publishing.card_facts import check_hub_id
@@ -67,8 +68,8 @@ def push_folder(
     Raises:
         ValueError: no model folder, or one that lacks files; no token, or one that may not write there; a model card
             that the Hub refuses; an adapter for another base than that on the Hub; the repository changed meanwhile.
-            Nothing has changed on the Hub then.
-        ConnectionError: the Hub could not be reached, or refused, ATTEMPTS times. Nothing has changed on it.
+            No file has changed in `repo_id` then; a new repository may stay empty, and the adapter's base was pushed.
+        ConnectionError: the Hub could not be reached, or refused, ATTEMPTS times. The same holds.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -95,7 +96,7 @@ def push_folder(
         try:
             return api.create_commit(repo_id, operations, **options).commit_url
         except ValueError as error:  # of the card's metadata; what else the Hub says is no ValueError
-            raise ValueError(f"{repo_id} was not pushed: {error}. Nothing has changed on the Hub") from error
+            raise ValueError(f"{repo_id} was not pushed: {error}. Nothing has changed in {repo_id}") from error
 
     return _persist(commit, repo_id)
 
@@ -163,8 +164,8 @@ def _with_base(adapter, base_id):
 def check_folder(folder: Path) -> None:
     """
     Raises:
-        ValueError: the folder is no GCL checkpoint, or misses weights, a model card or a file that writing left half
-            done.
+        ValueError: the folder is no GCL checkpoint, misses weights or a model card, holds files that are damaged or
+            that writing left half done, or a link to a folder, whose files would be left out.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
@@ -172,20 +173,27 @@ def check_folder(folder: Path) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder} is no model folder: there is no config.json") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is no JSON: {error}") from error
-    if config.get("model_type") != "gcl":
-        kind = config.get("model_type")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "gcl":
         raise ValueError(f"{folder} is no GCL checkpoint but a {kind!r} model: push it by `hf upload`")
     partial = sorted(path.name for path in folder.rglob("*.partial"))
     if partial:
         raise ValueError(f"{folder} holds a file that was written in part, {partial[0]}: save the model again")
+    links = sorted(path.name for path in folder.rglob("*") if path.is_symlink() and path.is_dir())
+    if links:
+        raise ValueError(f"{folder / links[0]} is a link to a folder, which is not followed: copy its files there")
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}): save the model again") from error
     missing = [name for name in (*files, "processor_config.json", "README.md") if not (folder / name).is_file()]
     if (folder / ADAPTER_FOLDER).is_dir():
+        files.append(f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}")
         missing += [
             f"{ADAPTER_FOLDER}/{name}"
             for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE)
@@ -195,6 +203,12 @@ def check_folder(folder: Path) -> None:
         only_card = missing == ["README.md"] and (folder / "card.json").is_file()
         remedy = f"Write it by `gcl card {folder}`" if only_card else "Train or convert it again"
         raise ValueError(f"{folder} is not complete: there is no {', '.join(missing)}. {remedy}")
+    for name in files:
+        try:
+            with safe_open(folder / name, "pt"):  # compares the tensors that it names with the file's size
+                pass
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is damaged or cut off ({error}): save the model again") from error
 
 
 def check_may_push(repo_id: str, token: str | None = None) -> str:
@@ -236,7 +250,7 @@ def _persist(call, repo_id):
             if attempt == ATTEMPTS:
                 raise ConnectionError(
                     f"{repo_id} was not pushed, the Hub failed {ATTEMPTS} times, at last with {why}. Nothing has "
-                    "changed there; push again later"
+                    "changed in it; push again later"
                 ) from error
             pause = min(_asked_to_wait(error) or wait, LONGEST_WAIT)
             logger.warning(f"the Hub failed ({why}); attempt {attempt + 1} of {ATTEMPTS} in {pause:.0f} s")
@@ -260,4 +274,4 @@ def _explain(status, repo_id, error):
         404: f"{repo_id} or its branch is not there, or the token may not see it",
         412: f"{repo_id} has changed while this was uploaded: look at what was pushed there, then push again",
     }
-    return f"{reasons.get(status, f'the Hub refused {repo_id} ({error})')}. Nothing has changed on the Hub"
+    return f"{reasons.get(status, f'the Hub refused {repo_id} ({error})')}. Nothing has changed in {repo_id}"

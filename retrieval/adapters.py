@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from modeling_gcl import GCLModel
@@ -55,13 +56,15 @@ def load_adapter(folder: str | Path, base: str | None = None, revision: str | No
 
     folder = Path(folder)
     base = base or adapter_base(folder)
+    if Path(base).is_absolute() and not Path(base).is_dir():
+        raise ValueError(f"{base}, the base of the adapter in {folder}, is not there: say where it is now")
     expected = read_base_checksums(folder)
     if expected != weight_checksums(base, revision):
         raise ValueError(f"the adapter in {folder} is for another base than {base}: their weight files differ")
     model = GCLModel.from_pretrained(base, revision=revision, dtype=torch.float32)
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder))
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"the adapter in {folder} does not fit {base}: {error}") from error
     check_adapter_weights(folder, peft_model)
     return peft_model.eval()
@@ -90,7 +93,10 @@ def check_adapter_keys(folder: str | Path, peft_model) -> tuple[dict, dict]:
     path = Path(folder) / ADAPTER_WEIGHTS
     if not path.is_file():
         raise ValueError(f"{folder} holds no adapter: there is no {ADAPTER_WEIGHTS}")
-    saved = load_file(path)
+    try:
+        saved = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut off ({error}): train or download it again") from error
     held = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
     for names, what in ((held.keys() - saved.keys(), "lacks"), (saved.keys() - held.keys(), "has the unknown")):
         if names:
@@ -105,9 +111,12 @@ def adapter_base(folder: Path) -> str:
         ValueError: no adapter.
     """
     try:
-        return json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder} holds no adapter: {ADAPTER_CONFIG} is missing or damaged ({error})") from error
+    if not isinstance(base, str):
+        raise ValueError(f"{folder / ADAPTER_CONFIG} names no base: set its base_model_name_or_path")
+    return base
 
 
 def read_base_checksums(folder: Path) -> dict[str, str]:

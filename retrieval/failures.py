@@ -11,6 +11,7 @@ import traceback
 from contextlib import contextmanager
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 WAIT_FOR_RANK_0 = 2.0  # seconds that ranks over 0 leave to rank 0, for errors that all ranks meet
@@ -26,9 +27,12 @@ def stop(error):
     Raises:
         SystemExit: with "error: ..."; only in a single process. In several the process is gone at once.
     """
+    text = str(error)
+    if isinstance(error, SafetensorError):
+        text = f"a .safetensors file of the model is damaged or cut off ({error}): save or download it again"
     if _processes() == 1:
-        sys.exit(f"error: {error}")
-    _leave(error, str(error))
+        sys.exit(f"error: {text}")
+    _leave(error, text)
 
 
 @contextmanager

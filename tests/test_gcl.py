@@ -151,3 +151,11 @@ def test_help_keeps_its_brackets(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "200")
     assert run(monkeypatch, "convert", "mbeir", "--help") == 0
     assert '"targets": [ids]}' in capsys.readouterr().out
+
+
+def test_weights_that_are_cut_off_are_one_line(model_folder, tmp_path, monkeypatch):
+    weights = model_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    said = run(monkeypatch, "convert", "to-clip", model_folder, tmp_path / "clip")
+    assert said.startswith("error: a .safetensors file of the model is damaged or cut off (")
+    assert not (tmp_path / "clip").exists()

@@ -9,6 +9,7 @@ import torch
 from backbones import random_image
 from doors import run_outside
 from hub_on_loopback import TOKEN
+from safetensors.torch import load_file
 
 import train
 from evaluation.pairs import evaluate_pairs
@@ -238,3 +239,20 @@ def test_lora_saves_adapter_and_merged_model(recipe, tmp_path, capsys):
     assert not (tmp_path / "again" / "base").exists()
     config = json.loads((tmp_path / "again" / "model" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(out / "base") and config["use_dora"]
+
+    # a run that starts from its own output overwrites it: the adapter sits on a copy of the start
+    own = ["--encoder", str(out / "model"), "--fusion", "null", "--eval_on_start", "false", "--eval", "null"]
+    start = load_file(out / "model" / "model.safetensors")
+    train.main([str(recipe), "--peft.r", "4", "--learning_rate", "1e-2", *own])
+    assert all(torch.equal(load_file(out / "base" / "model.safetensors")[name], start[name]) for name in start)
+    load_adapter(out / "model" / "adapter")
+
+    # a full training over it leaves no adapter that is of other weights
+    train.main([str(recipe), *own])
+    assert not (out / "model" / "adapter").exists() and "LoRA" not in (out / "model" / "README.md").read_text()
+
+
+def test_a_revision_is_no_base_of_an_adapter(recipe):
+    """AutoModel would load the newest one under it."""
+    model = train.parse_recipe([str(recipe), "--fusion", "null", "--revision", "v1"]).model
+    assert not train.is_unchanged(model)

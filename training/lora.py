@@ -16,7 +16,7 @@ from training.freezing import PROJECTIONS
 TRAINED_WHOLE = ("logit_scale", "fusion")
 
 
-def add_lora(model, arguments, base, revision=None):
+def add_lora(model, arguments, base):
     """
     Freeze a model and add adapters to it.
 
@@ -25,7 +25,6 @@ def add_lora(model, arguments, base, revision=None):
             already gets no adapter.
         arguments (`LoraArguments`): of the recipe.
         base (`str`): folder or Hub id of a GCL checkpoint that holds this very model, which the adapter will name.
-        revision (`str`, *optional*): of `base` on the Hub.
 
     Returns:
         `peft.PeftModel`.
@@ -53,21 +52,20 @@ def add_lora(model, arguments, base, revision=None):
         target_modules=sorted(targets),
         modules_to_save=saved,
         base_model_name_or_path=base,
-        revision=revision,
     )
     if arguments.load_in_4bit:
-        model = _load_in_4bit(base, revision)
+        model = _load_in_4bit(base)
     model.name_or_path = base  # peft writes this one down
     adapted = get_peft_model(model, config)
     _check_adapted(adapted, targets, saved)
     return adapted
 
 
-def _load_in_4bit(base, revision):
+def _load_in_4bit(base):
     # the gates stay as they are: they are trained whole
     settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["fusion"]}
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **settings)
-    return GCLModel.from_pretrained(base, revision=revision, dtype=torch.float32, quantization_config=config)
+    return GCLModel.from_pretrained(base, dtype=torch.float32, quantization_config=config)
 
 
 def _targets(model, modality, regex):

@@ -135,6 +135,14 @@ def test_missing_keys_are_refused(part, copy):
             load(copy / "adapter")
 
 
+def test_an_adapter_that_is_cut_off_is_refused(copy):
+    path = copy / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    for refuse in (load_adapter, lambda adapter: push_folder(adapter.parent, "org/tuned", token=TOKEN)):
+        with pytest.raises(ValueError, match="adapter_model.safetensors is damaged or cut off|does not fit .*fully"):
+            refuse(copy / "adapter")
+
+
 def test_another_base_is_refused(copy, base, tmp_path):
     other = GCLModel.from_pretrained(base)
     torch.nn.init.normal_(other.encoder.text_projection.weight)  # of the same shapes: peft would take it
@@ -148,9 +156,18 @@ def test_another_base_is_refused(copy, base, tmp_path):
 def test_what_is_no_adapter_is_refused(copy, base):
     with pytest.raises(ValueError, match="holds no adapter: adapter_config.json is missing"):
         load_adapter(copy)
+    config = copy / "adapter" / "adapter_config.json"
+    for text, message in [
+        ("[]", "holds no adapter: adapter_config.json is missing or damaged"),
+        ('{"base_model_name_or_path": null}', "adapter_config.json names no base"),
+        ('{"base_model_name_or_path": "/gone"}', "^/gone, the base of the adapter in .*, is not there"),
+    ]:
+        config.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_adapter(copy / "adapter")
     (copy / "adapter" / "base.json").unlink()
     with pytest.raises(ValueError, match="does not say which weights its adapter is for"):
-        load_adapter(copy / "adapter")
+        load_adapter(copy / "adapter", str(base))
     with pytest.raises(ValueError, match="not complete: there is no adapter/base.json"):
         push_folder(copy, "org/tuned", token=TOKEN)
 

@@ -126,14 +126,14 @@ def test_faults_of_network_and_hub_are_outlived(hub, push, folder, fault, one_of
 )
 def test_what_the_hub_refuses_changes_nothing_and_says_what_to_do(hub, push, folder, status, message):
     hub.fail("POST", "/commit/", status)
-    with pytest.raises(ValueError, match=f"{message}.*Nothing has changed on the Hub$"):
+    with pytest.raises(ValueError, match=f"{message}.*Nothing has changed in org/clip-gcl$"):
         push(folder)
     assert push.waits == [] and list(pushed(hub)) == []
 
 
 def test_a_card_that_the_hub_refuses_is_not_pushed(hub, push, folder):
     hub.fail("POST", "/api/validate-yaml", 400)
-    with pytest.raises(ValueError, match="(?s)Invalid metadata in README.md.*Nothing has changed on the Hub"):
+    with pytest.raises(ValueError, match="(?s)Invalid metadata in README.md.*Nothing has changed in org/clip-gcl"):
         push(folder)
     assert list(pushed(hub)) == []
     (folder / "README.md").write_text("---\ntags: [\n---\n")
@@ -191,11 +191,24 @@ def spoil_config(folder):
     (folder / "config.json").write_text('{"model_type": "clip"}')
 
 
+def cut_off_weights(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+
+
+def link_adapter(folder):
+    (folder / "adapter").symlink_to(folder / "pictures", target_is_directory=True)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
         (spoil_config, "no GCL checkpoint but a 'clip' model"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "no GCL checkpoint but a None model"),
+        (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), "index.json is damaged"),
+        (cut_off_weights, "model.safetensors is damaged or cut off"),
+        (link_adapter, "adapter is a link to a folder, which is not followed: copy its files there"),
         (lambda folder: (folder / "config.json").unlink(), "is no model folder: there is no config.json"),
         (lambda folder: (folder / "model.safetensors").unlink(), "is not complete: there is no model.safetensors"),
         (lambda folder: (folder / "README.md").unlink(), "is not complete: there is no README.md"),
