@@ -340,7 +340,7 @@ class GCLTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         """As Trainer's; an adapter is read back, since peft may leave out what a name does not match."""
         super()._save(output_dir, state_dict)
-        if self._has_adapter:
+        if self._has_adapter and self.args.should_save:  # other ranks come here too, before the file is written
             check_adapter_weights(output_dir or self.args.output_dir, self.model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

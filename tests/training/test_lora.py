@@ -167,3 +167,13 @@ def test_an_adapter_that_is_not_saved_whole_stops_training(tmp_path, monkeypatch
     trainer = make_trainer(tmp_path, model=adapted(fusion="gated_sum"), num_train_epochs=1, save_strategy="epoch")
     with pytest.raises(ValueError, match="lacks 4 keys, such as base_model.model.fusion.gate_in.bias"):
         trainer.train()
+
+
+def test_only_the_process_that_saves_an_adapter_reads_it_back(tmp_path, monkeypatch):
+    """transformers 5.23 calls `_save` on every rank; the others would look for a file that is not written yet."""
+    trainer = make_trainer(tmp_path, model=adapted())
+    monkeypatch.setattr("transformers.Trainer._save", lambda *_: None)
+    with pytest.raises(ValueError, match="holds no adapter"):
+        trainer._save(str(tmp_path / "checkpoint-1"))
+    monkeypatch.setattr(type(trainer.args), "should_save", False)
+    trainer._save(str(tmp_path / "checkpoint-1"))
