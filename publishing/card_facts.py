@@ -147,4 +147,4 @@ def check_hub_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no id on the Hub, though the card's facts say so: {error}") from error
+        raise ValueError(f"{repo_id!r} is no id on the Hub: {error}") from error

@@ -17,6 +17,8 @@ alone, for another id or with more benchmarks.
 import hashlib
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -220,9 +222,10 @@ def rewrite_card(
 
 
 def files_for(folder: Path, repo_id: str, base_id: str | None = None) -> dict[str, str]:
-    """Path → text of what is pushed instead of what the folder holds: the card that loads `repo_id`. One that was
-    changed by hand is kept, with the id in the place of the old name; a folder without facts is pushed as it is.
-    `base_id`: where the base of its adapter is on the Hub."""
+    """Path → text of what is pushed instead of what the folder holds: the card that loads `repo_id`, and the files that
+    name absolute paths of recipe or command, with the last part of each alone. A card that was changed by hand is kept,
+    with the id in the place of the old name; a folder without facts is pushed as it is. `base_id`: where its adapter's
+    base is on the Hub."""
     if not (folder / "card.json").is_file():
         return {}
     facts = read_facts(folder)
@@ -231,7 +234,26 @@ def files_for(folder: Path, repo_id: str, base_id: str | None = None) -> dict[st
     if is_edited(folder):
         text = (folder / "README.md").read_text(encoding="utf-8")
         files["README.md"] = text.replace(f'"{facts.model_name}"', f'"{repo_id}"')
-    return files
+    kept = [name for name in ("config.json", "recipe.yaml", "results.json") if (folder / name).is_file()]
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in kept} | files
+    paths = _absolute_paths([facts.recipe, shlex.split(facts.command or "")])
+    shown = {name: _without_paths(text, paths) for name, text in texts.items()}
+    return {name: text for name, text in shown.items() if name in files or text != texts[name]}
+
+
+def _absolute_paths(value) -> set[str]:
+    """Absolute paths among the values of nested settings."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return set().union(*map(_absolute_paths, value))
+    return {value} if isinstance(value, str) and Path(value).is_absolute() and Path(value).name else set()
+
+
+def _without_paths(text: str, paths: set[str]) -> str:
+    for path in sorted(paths, key=len, reverse=True):  # those inside others first
+        text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", lambda _, path=path: shown_name(path), text)
+    return text
 
 
 def shown_name(path: str) -> str:

@@ -117,7 +117,7 @@ def render(facts: CardFacts) -> str:
         benchmarks=[(benchmark_title(run), benchmark_markdown(run)) for run in facts.benchmarks],
         mteb_fields=mteb_fields(facts),
         # an adapter on a folder of this machine is of no use to others
-        adapter=facts.adapter_base is not None and not (facts.on_hub and Path(facts.adapter_base).exists()),
+        adapter=facts.adapter_base is not None and not (facts.on_hub and Path(facts.adapter_base).is_absolute()),
     )
     if "more information needed" in text.casefold():
         raise ValueError("the model card's text says 'More information needed': fill the fact it stands for")

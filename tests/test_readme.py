@@ -16,6 +16,12 @@ def test_every_table_row_comes_from_results():
         assert row in written, row
 
 
+def test_the_tables_of_lora_are_those_of_its_summary():
+    folder = ROOT / "results" / "flickr8k_lora"
+    rows = [line for line in (folder / "README.md").read_text().splitlines() if line.startswith("|")]
+    assert len(rows) == 12 and set(rows) <= set((folder / "summary.md").read_text().splitlines())
+
+
 def test_recipes_and_configs_named_exist():
     for name in re.findall(r"hub_configs/[\w/.]+\.(?:yaml|sh|md)", README):
         assert (ROOT / name).is_file(), name
