@@ -7,6 +7,7 @@ import deprecations  # noqa: F401
 import huggingface_hub
 import pytest
 import torch
+import transformers
 import vista_originals
 import yaml
 from backbones import BACKBONES, tiny_encoder, tiny_processor, word_tokenizer
@@ -74,7 +75,7 @@ def hub(monkeypatch, tmp_path):
             "HF_HUB_OFFLINE": False,
             "HF_HUB_DISABLE_XET": True,
         }
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # made when it was imported
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # made once, with the endpoint of that time
         for name, value in settings.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)
         for name in ("HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH"):
