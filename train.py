@@ -18,7 +18,7 @@ from evaluation.environment import collect_environment, command_line
 from evaluation.model_size import model_size
 from evaluation.pairs import evaluate_embeddings
 from evaluation.plots import modality_pca, nine_way_heatmap, training_curves
-from evaluation.report import nine_way_table
+from evaluation.report import headline_metrics, nine_way_table
 from evaluation.result_sheet import result_sheet
 from modeling_gcl import GCLConfig, GCLModel, GCLProcessor, ImageError, load_image
 from modeling_gcl.backbone_gcl import model_type_of
@@ -28,12 +28,12 @@ from publishing.hub_folder import (
     ADAPTER_FOLDER,
     base_model_ids,
     local_name,
-    shown_name,
     write_conversion,
     write_hub_folder,
 )
 from publishing.model_folder import save_model_folder
 from publishing.push import check_may_push, push_folder
+from publishing.shown_paths import shown_name
 from retrieval.adapters import weight_checksums
 from retrieval.failures import failing_together, stop
 from retrieval.sources import read_source
@@ -43,7 +43,7 @@ from training.lora import add_lora
 from training.memory import peak_memory
 from training.preprocessing import choose_preprocessing
 from training.recipe import parse_recipe
-from training.trainer import GCLTrainer, headline_metrics
+from training.trainer import GCLTrainer
 
 CARD_ARGUMENTS = (
     "loss", "denominator", "intra_modality", "direction_weights", "matryoshka_dims", "matryoshka_weights",
@@ -269,11 +269,7 @@ def write_results(
         licence=recipe.model.licence,
         command=results["command"],
         recipe=recipe.settings,
-        training_arguments={
-            name: getattr(value, "value", value)  # of transformers' enumerations
-            for name in CARD_ARGUMENTS
-            if (value := getattr(arguments, name)) is not None
-        },
+        training_arguments=card_arguments(arguments, recipe.peft),
         data=[data_source(*read, broken_images) for read in zip(recipe.data.train, train_reports)],
         environment=environment,
         train_runtime=runtime,
@@ -288,6 +284,14 @@ def write_results(
     )
     write_hub_folder(folder, facts=facts, recipe_text=recipe.to_yaml(), results=results, pictures=pictures)
     return results
+
+
+def card_arguments(arguments, peft):
+    """The hyper-parameters of the card's table, LoRA's with their section's name."""
+    settings = {name: getattr(arguments, name) for name in CARD_ARGUMENTS}
+    settings |= {} if peft is None else {f"peft.{name}": value for name, value in asdict(peft).items()}
+    # of transformers' enumerations the value
+    return {name: getattr(value, "value", value) for name, value in settings.items() if value is not None}
 
 
 def push(folder, repo_id, arguments):

@@ -1,4 +1,5 @@
-"""The nine-way result as a table: for the terminal, and as markdown for the model card. All rates in percent."""
+"""The nine-way result as a table, for the terminal and as markdown for the model card, in percent, and as figures of a
+curve."""
 
 from collections.abc import Callable, Mapping
 
@@ -132,3 +133,13 @@ def _footer(result: dict) -> str:
             f"have {fewest}, others up to {max(counts)}."
         )
     return text
+
+
+def headline_metrics(result, prefix="eval"):
+    """The figures of a nine-way result worth a curve: headline hit@10, mixed nDCG@10, cosines of modality means.
+
+    Figures that too few captions leave without a value (None) are left out."""
+    metrics = {f"{prefix}_headline_{name}": value for name, value in result["headline"].items()}
+    metrics[f"{prefix}_mixed_ndcg@10"] = result["mixed"]["ndcg@10"]
+    metrics |= {f"{prefix}_cosine_{pair}": value for pair, value in result["gap"]["cosine"].items()}
+    return {name: value for name, value in metrics.items() if value is not None}

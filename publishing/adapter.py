@@ -10,9 +10,10 @@ import torch
 
 from modeling_gcl import GCLModel, GCLProcessor
 from modeling_gcl.fusion_gcl import drawn_pairs
-from publishing.hub_folder import ADAPTER_FOLDER, base_model_ids, shown_name, write_conversion
+from publishing.hub_folder import ADAPTER_FOLDER, base_model_ids, write_conversion
 from publishing.model_folder import save_model_folder
 from publishing.new_folder import check_is_new, new_folder
+from publishing.shown_paths import shown_name
 from retrieval.adapters import adapter_base, load_adapter, save_adapter
 
 TOLERANCE = 1e-5  # of coordinates of unit vectors in float32

@@ -8,7 +8,6 @@ name, are written so: M-BEIR, MMEB, MixBench. The Hub ranks figures where that d
 import json
 import logging
 import re
-import shlex
 from pathlib import Path
 
 import huggingface_hub
@@ -25,6 +24,7 @@ from evaluation.mixbench_data import PUBLISHED
 from evaluation.mmeb_data import HUB_IDS as MMEB_IDS
 from evaluation.mmeb_report import mmeb_table
 from evaluation.report import nine_way_markdown
+from publishing.shown_paths import shown_command, shown_name
 from retrieval.fingerprint import describe_model, same_model
 
 logger = logging.getLogger(__name__)
@@ -92,13 +92,10 @@ def benchmark_name(run: dict) -> str:
 
 def without_folders(run: dict) -> dict:
     """The run with the names alone of files and folders that it gives by absolute paths."""
-
-    def short(value):
-        return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-    fingerprint = run["fingerprint"] | {"name": short(run["fingerprint"]["name"])}
-    command = shlex.join(map(short, shlex.split(run["command"])))
-    return {key: short(value) for key, value in run.items()} | {"fingerprint": fingerprint, "command": command}
+    shown = {key: shown_name(value) if isinstance(value, str) else value for key, value in run.items()}
+    name = run["fingerprint"]["name"]
+    fingerprint = run["fingerprint"] | {"name": name and shown_name(name)}
+    return shown | {"fingerprint": fingerprint, "command": shown_command(run["command"])}
 
 
 def benchmark_title(run: dict) -> str:

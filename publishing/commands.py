@@ -47,9 +47,10 @@ def centring(
 
     from evaluation.centring import estimate_modality_means
     from modeling_gcl import GCLModel, GCLProcessor
-    from publishing.hub_folder import base_model_ids, read_facts, shown_name, write_conversion
+    from publishing.hub_folder import base_model_ids, read_facts, write_conversion
     from publishing.model_folder import save_model_folder
     from publishing.new_folder import check_is_new, new_folder
+    from publishing.shown_paths import shown_name
     from retrieval.processes import own_device
     from retrieval.source_arguments import SourceArguments
     from retrieval.sources import load_pairs

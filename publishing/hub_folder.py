@@ -17,7 +17,6 @@ alone, for another id or with more benchmarks.
 import hashlib
 import json
 import os
-import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from modeling_gcl import GCLModel, GCLProcessor
 from publishing.benchmarks import OURS, benchmark_name, eval_result_files, read_benchmark, without_folders
 from publishing.card_facts import CardFacts, check_hub_id
 from publishing.model_card import card_text
+from publishing.shown_paths import absolute_paths, without_paths
 from retrieval.adapters import adapter_base
 from retrieval.fingerprint import model_fingerprint
 
@@ -236,29 +236,9 @@ def files_for(folder: Path, repo_id: str, base_id: str | None = None) -> dict[st
         files["README.md"] = text.replace(f'"{facts.model_name}"', f'"{repo_id}"')
     kept = [name for name in ("config.json", "recipe.yaml", "results.json") if (folder / name).is_file()]
     texts = {name: (folder / name).read_text(encoding="utf-8") for name in kept} | files
-    paths = _absolute_paths([facts.recipe, shlex.split(facts.command or "")])
-    shown = {name: _without_paths(text, paths) for name, text in texts.items()}
+    paths = absolute_paths([facts.recipe, shlex.split(facts.command or "")])
+    shown = {name: without_paths(text, paths) for name, text in texts.items()}
     return {name: text for name, text in shown.items() if name in files or text != texts[name]}
-
-
-def _absolute_paths(value) -> set[str]:
-    """Absolute paths among the values of nested settings."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        return set().union(*map(_absolute_paths, value))
-    return {value} if isinstance(value, str) and Path(value).is_absolute() and Path(value).name else set()
-
-
-def _without_paths(text: str, paths: set[str]) -> str:
-    for path in sorted(paths, key=len, reverse=True):  # those inside others first
-        text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", lambda _, path=path: shown_name(path), text)
-    return text
-
-
-def shown_name(path: str) -> str:
-    """A path or id on the card. Of an absolute path only the name: the rest is the user's own business."""
-    return Path(path).name if Path(path).is_absolute() else path
 
 
 def local_name(folder: str | Path) -> str:

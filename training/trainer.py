@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer
 
 from evaluation.pairs import embed_pairs, evaluate_embeddings
+from evaluation.report import headline_metrics
 from modeling_gcl import alignclip_loss, contrastive_loss, gcl_loss
 from modeling_gcl.matryoshka_gcl import cuts_and_shares
 from retrieval.adapters import ADAPTER_WEIGHTS, check_adapter_keys, check_adapter_weights
@@ -390,13 +391,3 @@ class GCLTrainer(Trainer):
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def headline_metrics(result, prefix="eval"):
-    """The figures of a nine-way result worth a curve: headline hit@10, mixed nDCG@10, cosines of modality means.
-
-    Figures that too few captions leave without a value (None) are left out."""
-    metrics = {f"{prefix}_headline_{name}": value for name, value in result["headline"].items()}
-    metrics[f"{prefix}_mixed_ndcg@10"] = result["mixed"]["ndcg@10"]
-    metrics |= {f"{prefix}_cosine_{pair}": value for pair, value in result["gap"]["cosine"].items()}
-    return {name: value for name, value in metrics.items() if value is not None}
