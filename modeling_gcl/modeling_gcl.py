@@ -1,10 +1,8 @@
 """GCLModel: one embedding space for images, texts and fused image+text, on any dual encoder of transformers."""
 
-import copy
 import inspect
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,27 +10,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 
 from .adapters_gcl import WholeAdapters
-from .backbone_gcl import (
-    build_backbone,
-    check_is_dual_encoder,
-    check_settings,
-    freeze_unused_parameters,
-    load_backbone,
-    model_type_of,
-    own_logit_scale,
-)
+from .backbone_gcl import build_backbone, check_is_dual_encoder, check_settings, freeze_unused_parameters
 from .configuration_gcl import GATED_FUSIONS, GCLConfig
 from .encoding_gcl import encode_rows
-from .fusion_gcl import Fusion, GateLayer, choose_fusion, unit
+from .fusion_gcl import Fusion, GateLayer, unit
 from .loss_gcl import gcl_loss
 from .pooling_gcl import mean_of_tokens
-from .processing_gcl import GCLProcessor
+from .pretrained_gcl import model_from_encoder
 from .temperature_gcl import LogitScale
-
-logger = logging.get_logger(__name__)
 
 DEFAULT_LOGIT_SCALE = 1 / 0.07
 MODALITIES = ("image", "text", "fused")
@@ -145,33 +133,9 @@ class GCLModel(GCLPreTrainedModel):
             TypeError: `config` names a field that GCLConfig does not have.
             OSError: no such id or folder.
         """
-        name, measured = encoder, "fusion" not in config
-        unknown = set(config) - set(inspect.signature(GCLConfig.__init__).parameters)
-        if unknown:
-            raise TypeError(f"GCLConfig has no field {', '.join(sorted(unknown))}")
-        if isinstance(encoder, (str, Path)):
-            loading = {"revision": revision, "attn_implementation": attn_implementation}
-            loading |= {} if dtype is None else {"dtype": dtype}
-            if model_type_of(encoder, revision) == GCLConfig.model_type:
-                gcl_config = GCLConfig.from_pretrained(encoder, revision=revision, **config)
-                model = cls.from_pretrained(encoder, config=gcl_config, **loading)
-                if config.get("logit_scale_init_value") is not None:
-                    model.logit_scale.reset_()
-                return model
-            encoder = load_backbone(encoder, config.get("text_pooling"), **loading)
-        if encoder.config.model_type == GCLConfig.model_type:
-            raise ValueError("this encoder is a GCLModel already: use it as it is")
-        own_scale = own_logit_scale(encoder)
-        if own_scale is not None:
-            bound = config.get("max_logit_scale") or GCLConfig().max_logit_scale  # SigLIP's own lies above it
-            config.setdefault("logit_scale_init_value", min(own_scale, bound))
-        if measured and hasattr(encoder, "get_fused_features"):
-            config["fusion"] = "native"
-        # a copy: GCLConfig resets the attention implementation of its sub-configs, which the loaded encoder has chosen
-        model = cls(GCLConfig(encoder_config=copy.deepcopy(encoder.config), **config), encoder=encoder)
-        if measured and model.config.fusion != "native":
-            choose_fusion(model, processor or _processor_beside(name, revision))
-        return model
+        loading = {"revision": revision, "attn_implementation": attn_implementation}
+        loading |= {} if dtype is None else {"dtype": dtype}
+        return model_from_encoder(cls, encoder, processor, loading, config)
 
     @property
     def dtype(self):
@@ -437,17 +401,3 @@ class GCLModel(GCLPreTrainedModel):
 def _given(**inputs):
     """The inputs that are not None: backbones without them would refuse the name."""
     return {name: value for name, value in inputs.items() if value is not None}
-
-
-def _processor_beside(name, revision):
-    """The processor of a Hub id or folder; None if there is none, or none is known for a loaded encoder."""
-    if not isinstance(name, (str, Path)):
-        return None
-    try:
-        return GCLProcessor.from_encoder(name, revision=revision)
-    except (OSError, ValueError) as error:
-        logger.warning(
-            "fusion='sum': the lengths of the towers' features, which decide between 'sum' and 'normalized_sum', can't "
-            f"be measured without a processor ({error}). Give processor, or fusion itself."
-        )
-        return None
