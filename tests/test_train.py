@@ -208,7 +208,7 @@ def test_a_push_that_fails_leaves_the_model_and_says_how_to_push_it(hub, tmp_pat
         train.push("out/model", "org/tiny", arguments)
 
 
-def test_lora_saves_adapter_and_merged_model(recipe, tmp_path, capsys):
+def test_lora_saves_adapter_and_merged_model(recipe, tmp_path, hub, monkeypatch):
     """On a CLIP the adapter's base is saved beside it; on the GCL checkpoint that this is, there is nothing to save."""
     train.main([str(recipe), "--peft.r", "4", "--fusion", "gated_sum", "--learning_rate", "1e-2"])
     out = tmp_path / "out"
@@ -229,6 +229,7 @@ def test_lora_saves_adapter_and_merged_model(recipe, tmp_path, capsys):
     check_folder(out / "base")
     card = (out / "model" / "README.md").read_text()
     assert f"{total['trained']:,} of a LoRA adapter were trained, and merged" in card and "- lora\n" in card
+    assert "| peft.r | 4 |" in card and "| peft.lora_alpha | 32.0 |" in card
     transformers, _, adapter, _ = re.findall(r"```python\n(.*?)```", card, re.S)
     compare = "print(float((adapted_queries - queries).abs().max()), adapted.peft_type.value)"
     random_image(0).save(tmp_path / "dog.jpg")
@@ -238,10 +239,15 @@ def test_lora_saves_adapter_and_merged_model(recipe, tmp_path, capsys):
     assert 'AutoModel.from_pretrained("org/tiny-base"' in pushed and str(out) not in pushed.split("## Training")[0]
 
     again = ["--encoder", str(out / "base"), "--output_dir", str(tmp_path / "again"), "--eval_on_start", "false"]
+    again += ["--push_to_hub", "org/dora"]
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
     train.main([str(recipe), "--fusion", "null", "--learning_rate", "1e-2", "--peft.use_dora", "--bf16", *again])
     assert not (tmp_path / "again" / "base").exists()
     config = json.loads((tmp_path / "again" / "model" / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(out / "base") and config["use_dora"]
+    assert set(hub.repos) == {"org/dora", "org/dora-base"}
+    assert b'AutoModel.from_pretrained("org/dora-base"' in hub.files("org/dora")["README.md"]
+    assert hub.files("org/dora-base")["model.safetensors"] == (out / "base" / "model.safetensors").read_bytes()
 
     # a run that starts from its own output overwrites it: the adapter sits on a copy of the start
     own = ["--encoder", str(out / "model"), "--fusion", "null", "--eval_on_start", "false", "--eval", "null"]

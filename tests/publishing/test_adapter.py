@@ -25,6 +25,8 @@ ROWS = ["a red dog", {"image": "dog.png"}, {"image": "dog.png", "text": "in gras
 DOORS = """
 import torch
 from peft import PeftModel
+from PIL import Image
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 rows, found = {rows!r}, {{}}
 for name, adapter, base in {models!r}:
@@ -36,6 +38,10 @@ for name, adapter, base in {models!r}:
     found[name + " PeftModel"] = PeftModel.from_pretrained(base_model, adapter, **inside)
     for door in ("AutoModel", "PeftModel"):
         found[name + " " + door] = found[name + " " + door].encode(rows, processor)
+sentences = SentenceTransformer("org/tuned", trust_remote_code=True, device="cpu")
+opened = [row if isinstance(row, str) else row | {{"image": Image.open(row["image"])}} for row in rows]
+vectors = [sentences.encode([row], convert_to_tensor=True) for row in opened]
+found["hub SentenceTransformer"] = torch.cat(vectors)
 torch.save(found, "found.pt")
 """
 
@@ -195,7 +201,7 @@ def test_every_door_gives_the_same_also_from_the_hub(saved, base, hub, tmp_path)
             tiny_processor("clip"),
         )
     )
-    assert len(found) == 5
+    assert len(found) == 6
     for door, embeds in found.items():
         torch.testing.assert_close(embeds, expected, atol=1e-5, rtol=0, msg=lambda m, door=door: f"{door}: {m}")
 
