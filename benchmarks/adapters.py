@@ -4,8 +4,9 @@
     python benchmarks/adapters.py --batch 16 --tower small --rounds 1
 
 The step is that of `benchmarks/step.py`, of a CLIP ViT-B/32 with random weights, on one process, without GradCache. Its
-memory is what the process takes beyond weights and batch; the optimiser's, two numbers for each trained parameter in
-AdamW, comes on top, as `trained` tells. Gate: LoRA's gradient follows from that of the weights, in
+memory is given twice: of the tensors that a step makes, counted one by one, and as the process's resident memory grows,
+to which the allocator of the C library adds what it can't hand back. The optimiser's, two numbers for each trained
+parameter in AdamW, comes on top, as `trained` tells. That LoRA's gradient is right is tested in
 `tests/training/test_lora.py`.
 """
 
@@ -17,12 +18,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.protocol import RESULTS, environment, measure_rounds, run_worker, summarise, write_result  # noqa: E402
 from benchmarks.step import IMAGE_SIZE, SEED, TEXT_LENGTH, TOWERS, build_model, measure_step, run_step  # noqa: E402
+from training.memory import count_peak  # noqa: E402
 
 WAYS = ("all", "lora", "gates")
 
 
+def measure_both(training_step, model, inputs):
+    measurement = measure_step(training_step, model, inputs)
+    model.zero_grad()
+    tensors = count_peak(lambda: training_step(inputs), [*model.parameters(), *model.buffers()])
+    return measurement | {"tensors": tensors}
+
+
 def work(tower, batch, trained):
-    print(json.dumps(run_step(tower, batch, None, measure_step, trained)), flush=True)
+    print(json.dumps(run_step(tower, batch, None, measure_both, trained)), flush=True)
 
 
 def trained_parameters(tower, trained):

@@ -175,9 +175,13 @@ TRAINED = {"all": "all weights", "lora": "LoRA, r = 16", "gates": "gates of the 
 
 def adapters_table(results):
     found = results["adapters"]
-    lines = ["| trained | parameters | seconds | peak memory | by all weights |", "|---|---:|---:|---:|---:|"]
+    lines = [
+        "| trained | parameters | tensors of a step | seconds | resident memory of a step | by all weights |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
     for name, row in found["rows"].items():
-        lines.append(f"| {TRAINED[name]} | {row['trained']:,} | {_row(row, 'all')} |")
+        tensors = _size(row["tensors"]["median"]) if "tensors" in row else "–"
+        lines.append(f"| {TRAINED[name]} | {row['trained']:,} | {tensors} | {_row(row, 'all')} |")
     settings = found["settings"]
     note = f"{settings['tower']}, {settings['batch']} pairs, {settings['image_size']} px, fp32. {_measured(found)}"
     return "\n".join([*lines, "", note]) + "\n"

@@ -152,7 +152,7 @@ def test_the_gate_refuses_a_wrong_search(wrong, monkeypatch, tmp_path):
 
 def test_ways_to_train_a_part_are_measured(in_this_process, monkeypatch, tmp_path):
     def worker(script, task, **_):
-        return step.run_step(task["tower"], task["batch"], None, step.measure_step, task["trained"])
+        return step.run_step(task["tower"], task["batch"], None, adapters.measure_both, task["trained"])
 
     monkeypatch.setattr(adapters, "run_worker", worker)
     out = tmp_path / "adapters.json"
@@ -163,3 +163,6 @@ def test_ways_to_train_a_part_are_measured(in_this_process, monkeypatch, tmp_pat
     rows = json.loads(out.read_text())["rows"]
     assert max(rows[part]["trained"] for part in ("gates", "lora")) < rows["all"]["trained"] / 10
     assert all(row["kept"] == 1 and row["ratio_to"]["all"]["rounds"] == 1 for row in rows.values())
+    tensors = {name: row["tensors"]["median"] for name, row in rows.items()}
+    # LoRA keeps few gradients; under the gates there is nothing to go backward through
+    assert tensors["gates"] < tensors["lora"] < tensors["all"]
