@@ -1,6 +1,6 @@
 """The losses of `modeling_gcl.loss_gcl` with every logit held at once, by plain autograd: the oracle of the tiles.
 
-Same arguments and results. Compared in float64; `test_loss_gcl.py` holds the tiles themselves against slower loops.
+Same arguments and results. Compared in float64; `test_loss_gcl.py` holds the losses against slower loops.
 """
 
 from functools import wraps
@@ -181,3 +181,8 @@ def _check(embeds, ids, caption_ids, denominator):
     for name, labels in (("ids", ids), ("caption_ids", caption_ids)):
         if labels is not None and tuple(labels.shape) != (num_pairs,):
             raise ValueError(f"{name} must hold one label per pair, shape ({num_pairs},), got {tuple(labels.shape)}")
+
+
+def random_embeds(n, d, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return [F.normalize(torch.randn(n, d, generator=generator, dtype=dtype), dim=-1) for _ in range(3)]

@@ -4,9 +4,10 @@ import dense_loss
 import pytest
 import torch
 import torch.nn.functional as F
+from dense_loss import random_embeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loss_gcl import SWITCHES, assert_same, random_embeds, results, tiled_and_dense
+from test_tiled_loss_gcl import SWITCHES, assert_same, results, tiled_and_dense
 
 from modeling_gcl import alignclip_loss, contrastive_loss, gcl_loss, loss_gcl, tiles_gcl
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from open_clip_states import clip_like_tokenizer
 
 from evaluation.embeddings import MODALITIES, PairEmbeddings
 from evaluation.environment import collect_environment
@@ -67,3 +68,11 @@ def facts():
         results_before=evaluate_random(noise=1.5),
         results_after=evaluate_random(noise=0.5),
     )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """A folder with CLIP's kind of tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    clip_like_tokenizer().save_pretrained(folder)
+    return folder

@@ -1,9 +1,13 @@
 """State dicts in open_clip's format, their forward pass in plain float64, and a tokenizer, for tests."""
 
+import json
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn.functional import gelu, layer_norm
 from transformers import PreTrainedTokenizerFast
+
+from publishing.open_clip import convert_open_clip
 
 WORDS = "a an the red blue green dog cat bird runs sits flies on in grass house sky one two three four".split()
 END = len(WORDS) + 2  # the highest id, as in CLIP
@@ -117,3 +121,33 @@ def reference_features(state, pixels, input_ids, quick_gelu, head_dim=64, eps=1e
     causal = torch.full((length, length), -torch.inf, dtype=torch.float64).triu(1)
     text = norm(transformer(text, "", causal), "ln_final")
     return image, text[torch.arange(len(text)), input_ids.argmax(1)] @ state["text_projection"]
+
+
+def convert(state, folder, tokenizer, **options):
+    torch.save(state, folder / "weights.pt")
+    return convert_open_clip(folder / "weights.pt", folder / "clip", tokenizer=tokenizer, **options)
+
+
+def model_config(state, quick_gelu, head_width=64, **vision):
+    """The model_cfg that open_clip would have for `state`."""
+    width, text_width = len(state["visual.class_embedding"]), len(state["ln_final.weight"])
+    patch = state["visual.conv1.weight"].shape[-1]
+    side = patch * round((len(state["visual.positional_embedding"]) - 1) ** 0.5)
+    return {
+        "embed_dim": state["visual.proj"].shape[1],
+        "quick_gelu": quick_gelu,
+        "vision_cfg": {
+            "image_size": side, "layers": 2, "width": width, "patch_size": patch, "head_width": head_width, **vision
+        },
+        "text_cfg": {
+            "context_length": len(state["positional_embedding"]), "vocab_size": len(state["token_embedding.weight"]),
+            "width": text_width, "heads": text_width // head_width, "layers": 2,
+        },
+    }  # fmt: skip
+
+
+def with_config(tmp_path, part, **settings):
+    document = model_config(random_state(), True)
+    document = document | settings if part is None else document | {part: document[part] | settings}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    return {"config": tmp_path / "config.json"}
