@@ -1,7 +1,7 @@
 """A training step that trains all weights, LoRA adapters, or the gates of the fusion alone.
 
-    python benchmarks/adapters.py                  # about 5 minutes
-    python benchmarks/adapters.py --batch 16 --tower small --rounds 1
+    python -m benchmarks.adapters                  # about 5 minutes
+    python -m benchmarks.adapters --batch 16 --tower small --rounds 1
 
 The step is that of `benchmarks/step.py`, of a CLIP ViT-B/32 with random weights, on one process, without GradCache. Its
 memory is given twice: of the tensors that a step makes, counted one by one, and as the process's resident memory grows,
@@ -12,13 +12,11 @@ parameter in AdamW, comes on top, as `trained` tells. That LoRA's gradient is ri
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.protocol import RESULTS, environment, measure_rounds, run_worker, summarise, write_result  # noqa: E402
-from benchmarks.step import IMAGE_SIZE, SEED, TEXT_LENGTH, TOWERS, build_model, measure_step, run_step  # noqa: E402
-from training.memory import count_peak  # noqa: E402
+from benchmarks.protocol import RESULTS, environment, measure_rounds, run_worker, summarise, write_result
+from benchmarks.step import IMAGE_SIZE, SEED, TEXT_LENGTH, TOWERS, build_model, measure_step, run_step
+from universal_gcl.training.memory import count_peak
 
 WAYS = ("all", "lora", "gates")
 

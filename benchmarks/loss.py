@@ -1,8 +1,8 @@
 """Time and memory of the GCL loss, forward and backward, against its peers.
 
-    python benchmarks/loss.py                                   # this machine's processor, about 20 minutes
-    python benchmarks/loss.py --sizes 4096 --variants tiles open_clip_three_times --rounds 5
-    python benchmarks/loss.py --device cuda --dim 768           # bfloat16 embeddings, 8k to 128k pairs
+    python -m benchmarks.loss                                   # this machine's processor, about 20 minutes
+    python -m benchmarks.loss --sizes 4096 --variants tiles open_clip_three_times --rounds 5
+    python -m benchmarks.loss --device cuda --dim 768           # bfloat16 embeddings, 8k to 128k pairs
 
 A correctness gate first: every variant's loss and gradient against its definition in float64, and its matrix products
 counted. Then the protocol of protocol.py, memory as the peak beyond embeddings and their gradients. Peers without the
@@ -11,7 +11,6 @@ terms within one modality compute 6 of the 9 blocks: CLIP's loss for each of the
 
 import argparse
 import json
-import sys
 from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
@@ -22,8 +21,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.protocol import (  # noqa: E402
+from benchmarks.protocol import (
     RESULTS,
     environment,
     measure,
@@ -32,7 +30,7 @@ from benchmarks.protocol import (  # noqa: E402
     summarise,
     write_result,
 )
-from modeling_gcl import gcl_loss  # noqa: E402
+from modeling_gcl import gcl_loss
 
 SCALE = 1 / 0.02
 SEED = 0
@@ -51,7 +49,7 @@ def tiles(embeds):
 
 def tiles_of_pytorch(embeds):
     """Without the Triton kernels, which `tiles` runs on where they are supported."""
-    with patch("modeling_gcl.logsumexp_gcl.kernels_support", return_value=False):
+    with patch("modeling_gcl.logsumexp.kernels_support", return_value=False):
         return tiles(embeds)
 
 

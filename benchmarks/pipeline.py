@@ -1,7 +1,7 @@
 """Images and captions on their way to the model: images per second and core, items per second, tokens after padding.
 
-    python benchmarks/pipeline.py
-    python benchmarks/pipeline.py --parquet PHOTOS.parquet    # images and captions of one's own besides
+    python -m benchmarks.pipeline
+    python -m benchmarks.pipeline --parquet PHOTOS.parquet    # images and captions of one's own besides
 
 Photo-like JPEGs of 500 x 375 are made here: a smooth scene, edges and some grain. Before anything is timed, the fast
 preprocessing must give the image processor's pixels (see the gate), for the images that are timed. The protocol is
@@ -23,7 +23,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.protocol import (  # noqa: E402
+from benchmarks.protocol import (
     RESULTS,
     environment,
     measure,
@@ -32,10 +32,10 @@ from benchmarks.protocol import (  # noqa: E402
     summarise,
     write_result,
 )
-from modeling_gcl import GCLProcessor, load_image  # noqa: E402
-from training import decoding  # noqa: E402
-from training.data import PairCollator, PairDataset  # noqa: E402
-from training.preprocessing import TensorPreprocessing  # noqa: E402
+from modeling_gcl import GCLProcessor, load_image
+from universal_gcl.training import decoding
+from universal_gcl.training.data import PairCollator, PairDataset
+from universal_gcl.training.preprocessing import TensorPreprocessing
 
 SEED = 0
 IMAGES, SIZE, QUALITY = 64, (500, 375), 88

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from evaluation.environment import collect_environment, command_line
+from universal_gcl.evaluation.environment import collect_environment, command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "benchmarks"
@@ -117,8 +117,8 @@ def resident(which):
 
 def run_worker(script, task, *, threads, processes=1):
     """
-    What `python SCRIPT --worker TASK` prints last: a measurement, as one line of JSON. With several processes it runs
-    under torchrun, and one of them prints.
+    What `python -m benchmarks.NAME --worker TASK` prints last: a measurement, as one line of JSON.
+    With several processes it runs under torchrun, and one of them prints.
 
     Args:
         script (`str`): `__file__` of the benchmark.
@@ -131,7 +131,11 @@ def run_worker(script, task, *, threads, processes=1):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     command += [script, "--worker", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]

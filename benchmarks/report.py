@@ -1,19 +1,17 @@
 """docs/performance.md from results/benchmarks/*.json: replaces what stands between its markers, and draws its plot.
 
-python benchmarks/report.py
+python -m benchmarks.report
 """
 
 import argparse
 import json
 import re
-import sys
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.goals import GOALS  # noqa: E402
-from benchmarks.protocol import RESULTS, ROOT  # noqa: E402
+from benchmarks.goals import GOALS
+from benchmarks.protocol import RESULTS, ROOT
 
 PAGE = ROOT / "docs" / "performance.md"
 MARKED = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
@@ -148,7 +146,7 @@ def gpu_tables(results):
         if name.startswith("loss-cuda")
     ]
     return "\n".join(tables) or (
-        "On GPUs: not timed yet. `python benchmarks/loss.py --device cuda` does it, against memeff and inf-cl too.\n"
+        "On GPUs: not timed yet. `python -m benchmarks.loss --device cuda` does it, against memeff and inf-cl too.\n"
     )
 
 

@@ -1,17 +1,15 @@
 """A model, not a measurement: what a training step on many GPUs would take, and what the loss would add to it.
 
-    python benchmarks/scaling.py    # 1,024 pairs on each of up to 1,024 GPUs; writes results/benchmarks/scaling.json
+    python -m benchmarks.scaling    # 1,024 pairs on each of up to 1,024 GPUs; writes results/benchmarks/scaling.json
 
 Counts of arithmetic, bytes and memory are those of the code (the first is measured in loss.json and step.json); the
 rates that turn them into seconds are assumptions, in `ASSUMED`, and every one is an argument of `predict`.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.protocol import RESULTS, environment, write_result  # noqa: E402
+from benchmarks.protocol import RESULTS, environment, write_result
 
 MODALITIES = 3
 ASSUMED = {

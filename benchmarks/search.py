@@ -1,7 +1,7 @@
 """Time of exact search over a pool on disk, against faiss' flat index in memory.
 
-    python benchmarks/search.py                        # 1M x 512, 1,024 queries, k = 10
-    python benchmarks/search.py --candidates 200000 --k 100
+    python -m benchmarks.search                        # 1M x 512, 1,024 queries, k = 10
+    python -m benchmarks.search --candidates 200000 --k 100
 
 Pools are stores, made here: `sphere`, independent directions, and `cone`, whose embeddings are alike to a cosine of 0.9
 and whose queries lie in another cone, as images and texts do. The gate: the screened searches must equal the exact one
@@ -16,7 +16,6 @@ protocol.py.
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,8 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.protocol import (  # noqa: E402
+from benchmarks.protocol import (
     RESULTS,
     environment,
     measure,
@@ -35,10 +33,10 @@ from benchmarks.protocol import (  # noqa: E402
     summarise,
     write_result,
 )
-from retrieval.quantised import Kept, forget, quantised  # noqa: E402
-from retrieval.screening import screened_top_k  # noqa: E402
-from retrieval.search import exact_top_k  # noqa: E402
-from retrieval.store import FORMAT, Store, Vectors, shard_paths, write_json  # noqa: E402
+from universal_gcl.retrieval.quantised import Kept, forget, quantised
+from universal_gcl.retrieval.screening import screened_top_k
+from universal_gcl.retrieval.search import exact_top_k
+from universal_gcl.retrieval.store import FORMAT, Store, Vectors, shard_paths, write_json
 
 SEED = 0
 POOLS = ("sphere", "cone")

@@ -1,7 +1,7 @@
 """A training step with GradCache against the plain one, and the loss of a batch that processes share.
 
-    python benchmarks/step.py                 # about 8 minutes
-    python benchmarks/step.py --batch 128 --chunk 32 --tower small --rounds 1
+    python -m benchmarks.step                 # about 8 minutes
+    python -m benchmarks.step --batch 128 --chunk 32 --tower small --rounds 1
 
 The step is `GCLTrainer.training_step` (towers, loss, backward; no optimiser), in float32, of a CLIP ViT-B/32 with
 random weights on images of 96 pixels and texts of 16 tokens, on one process and on several under torchrun that share
@@ -12,7 +12,6 @@ the shared loss is that of the whole batch in float64.
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
@@ -20,9 +19,8 @@ import torch
 import torch.distributed as dist
 from transformers import CLIPConfig, CLIPModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.loss import SCALE, definition_of_gcl, make_embeds  # noqa: E402
-from benchmarks.protocol import (  # noqa: E402
+from benchmarks.loss import SCALE, definition_of_gcl, make_embeds
+from benchmarks.protocol import (
     RESULTS,
     environment,
     measure,
@@ -31,14 +29,14 @@ from benchmarks.protocol import (  # noqa: E402
     summarise,
     write_result,
 )
-from benchmarks.scaling import loss_flops  # noqa: E402
-from modeling_gcl import GCLModel, gcl_loss  # noqa: E402
-from training.arguments import LoraArguments  # noqa: E402
-from training.distributed import Processes, world_size  # noqa: E402
-from training.freezing import freeze_parts  # noqa: E402
-from training.lora import add_lora  # noqa: E402
-from training.trainer import GCLTrainer  # noqa: E402
-from training.training_arguments import GCLTrainingArguments  # noqa: E402
+from benchmarks.scaling import loss_flops
+from modeling_gcl import GCLModel, gcl_loss
+from universal_gcl.training.arguments import LoraArguments
+from universal_gcl.training.distributed import Processes, world_size
+from universal_gcl.training.freezing import freeze_parts
+from universal_gcl.training.lora import add_lora
+from universal_gcl.training.trainer import GCLTrainer
+from universal_gcl.training.training_arguments import GCLTrainingArguments
 
 SEED = 0
 IMAGE_SIZE, TEXT_LENGTH = 96, 16

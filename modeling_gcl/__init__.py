@@ -4,11 +4,11 @@ transformers' Auto classes; every saved folder carries these files for `trust_re
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from .configuration_gcl import GCLConfig
-from .loss_gcl import alignclip_loss, contrastive_loss, gcl_loss
+from .loss import alignclip_loss, contrastive_loss, gcl_loss
 from .modeling_gcl import GCLModel, GCLOutput
 from .processing_gcl import GCLProcessor
-from .rows_gcl import ImageError, load_image
-from .video_gcl import VideoError, load_video_frames, middle_frame
+from .rows import ImageError, load_image
+from .video import VideoError, load_video_frames, middle_frame
 
 AutoConfig.register(GCLConfig.model_type, GCLConfig, exist_ok=True)
 AutoModel.register(GCLConfig, GCLModel, exist_ok=True)

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .configuration_vista import VistaConfig
+from .vista_config import VistaConfig
 
 GATED_FUSIONS = ("gated_sum", "gated_normalized_sum")
 FUSIONS = ("sum", "normalized_sum", *GATED_FUSIONS, "native")

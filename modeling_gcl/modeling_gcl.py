@@ -12,15 +12,15 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .adapters_gcl import WholeAdapters
-from .backbone_gcl import build_backbone, check_is_dual_encoder, check_settings, freeze_unused_parameters
+from .adapters import WholeAdapters
+from .backbone import build_backbone, check_is_dual_encoder, check_settings, freeze_unused_parameters
 from .configuration_gcl import GATED_FUSIONS, GCLConfig
-from .encoding_gcl import encode_rows
-from .fusion_gcl import Fusion, GateLayer, unit
-from .loss_gcl import gcl_loss
-from .pooling_gcl import mean_of_tokens
-from .pretrained_gcl import model_from_encoder
-from .temperature_gcl import LogitScale
+from .encoding import encode_rows
+from .fusion import Fusion, GateLayer, unit
+from .loss import gcl_loss
+from .pooling import mean_of_tokens
+from .pretrained import model_from_encoder
+from .temperature import LogitScale
 
 DEFAULT_LOGIT_SCALE = 1 / 0.07
 MODALITIES = ("image", "text", "fused")

@@ -3,7 +3,7 @@
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 
-from .rows_gcl import load_image
+from .rows import load_image
 
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
 

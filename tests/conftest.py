@@ -2,20 +2,22 @@
 
 import shutil
 
-import caches  # noqa: F401, first of all
-import deprecations  # noqa: F401
 import huggingface_hub
 import pytest
 import torch
 import transformers
-import vista_originals
 import yaml
-from backbones import BACKBONES, tiny_encoder, tiny_processor, word_tokenizer
-from hub_on_loopback import hub_on_loopback
-from training_runs import write_parquet
 from transformers import CLIPProcessor
 
-from publishing.vista import convert_vista
+from tests.support import (
+    caches,  # noqa: F401, first of all
+    deprecations,  # noqa: F401
+    vista_originals,
+)
+from tests.support.backbones import BACKBONES, tiny_encoder, tiny_processor, word_tokenizer
+from tests.support.hub_on_loopback import hub_on_loopback
+from tests.support.training_runs import write_parquet
+from universal_gcl.conversion.vista import convert_vista
 
 
 @pytest.fixture(params=BACKBONES)

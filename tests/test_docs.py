@@ -4,7 +4,7 @@ Blocks of a page run in its order, in a folder where tiny stand-ins bear the nam
 `openai/clip-vit-base-patch32` is what transformers takes for that id). What can't run here, or is run by another test,
 is named in `ONLY_PARSED` and `ELSEWHERE`: anything else runs, and a block or command of an unknown kind fails.
 
-`python tests/test_docs.py` turns links to lines of code to where the code is now.
+`python -m tests.test_docs` turns links to lines of code to where the code is now.
 """
 
 import configparser
@@ -15,36 +15,36 @@ import sys
 from pathlib import Path
 
 import datasets
-import doc_pages
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from backbones import random_image, tiny_model, tiny_processor
-from doc_pages import PAGES, ROOT, blocks, broken_links, lost_code
-from training_runs import write_parquet
 from typer.main import get_command
 
-import gcl
 import train
-from publishing.model_folder import save_model_folder
-from retrieval.sources import read_source
-from training.recipe import parse_recipe
+from tests.support import doc_pages
+from tests.support.backbones import random_image, tiny_model, tiny_processor
+from tests.support.doc_pages import PAGES, ROOT, blocks, broken_links, lost_code
+from tests.support.training_runs import write_parquet
+from universal_gcl import cli
+from universal_gcl.publishing.model_folder import save_model_folder
+from universal_gcl.sources.pairs import read_source
+from universal_gcl.training.recipe import parse_recipe
 
 # pages whose blocks another test runs
 ELSEWHERE = {"docs/use-a-model.md": "tests/publishing/test_doors.py, in a process without this package"}
 # beginnings of commands of which options are parsed, and no more
 ONLY_PARSED = {
-    "gcl convert vista": "its weights are not public here; tests/publishing/test_vista.py converts such a file",
-    "gcl convert open-clip": "likewise; tests/publishing/test_open_clip.py",
-    "gcl convert mbeir": "tests/publishing/test_mbeir_folder.py",
-    "gcl evaluate mbeir": "its data; tests/evaluation/test_mbeir.py",
-    "gcl evaluate mmeb": "its data; tests/evaluation/test_mmeb_command.py",
-    "gcl evaluate covr": "its data; tests/evaluation/test_covr.py",
-    "gcl evaluate mixbench": "its data; tests/evaluation/test_mixbench.py",
-    "gcl evaluate mteb": "its data; tests/evaluation/test_mteb_model.py",
+    "gcl convert vista": "its weights are not public here; tests/conversion/test_vista.py converts such a file",
+    "gcl convert open-clip": "likewise; tests/conversion/test_open_clip.py",
+    "gcl convert mbeir": "tests/conversion/test_mbeir_folder.py",
+    "gcl evaluate mbeir": "its data; tests/evaluation/mbeir/test_mbeir.py",
+    "gcl evaluate mmeb": "its data; tests/evaluation/mmeb/test_mmeb_command.py",
+    "gcl evaluate covr": "its data; tests/evaluation/covr/test_covr.py",
+    "gcl evaluate mixbench": "its data; tests/evaluation/mixbench/test_mixbench.py",
+    "gcl evaluate mteb": "its data; tests/evaluation/mteb/test_mteb_model.py",
     "gcl evaluate compare": "results of the above; tests/evaluation/test_compare.py",
     "gcl search queries/ pool/": "README's queries are the reader's; those of docs/fine-tune.md are searched",
-    "gcl demo": "serves until it is ended; tests/retrieval/test_demo.py",
-    "gcl convert space": "a model and data of the Hub; tests/publishing/test_space.py",
+    "gcl demo": "serves until it is ended; tests/application/test_demo.py",
+    "gcl convert space": "a model and data of the Hub; tests/application/test_space.py",
     "gcl card outputs/my_model": "results of a benchmark; tests/publishing/test_card_benchmarks.py",
     "gcl push": "needs a Hub; tests/publishing/test_push.py",
     "accelerate launch": "a training takes seconds: those of TRAINED run, the recipes and options of others are parsed",
@@ -60,7 +60,7 @@ TRAINED = {
 # programs that are not ours, and why they don't run here
 OUTSIDE = {"hf": "the Hub", "curl": "the network", "unzip": "what was downloaded", "tar": "likewise", "cat": "likewise"}
 SILENT = {"cd"}
-SCRIPTS_WRITTEN = {"space/app.py": "gcl convert space; tests/publishing/test_space.py runs it"}
+SCRIPTS_WRITTEN = {"space/app.py": "gcl convert space; tests/application/test_space.py runs it"}
 HUB_DATA = {"org/photos": ("photo", "description")}
 PHOTOS = ("dog.jpg", "cat.jpg", "holiday/beach.jpg", "holiday/hut.jpg", "scans/boat.jpg", "images/00453/004539375.jpg")
 DATA_FILES = {".csv", ".jsonl", ".json", ".txt"}
@@ -99,7 +99,7 @@ def page(request, stand_ins, tmp_path, monkeypatch):
         table = datasets.Dataset.from_parquet(str(write_parquet(tmp_path / "hub.parquet", 4)))
         return table.rename_columns({"image": image, "captions": caption})
 
-    monkeypatch.setattr("retrieval.source_tables.datasets.load_dataset", load_dataset)
+    monkeypatch.setattr("universal_gcl.sources.tables.datasets.load_dataset", load_dataset)
     return Page(request.param, monkeypatch)
 
 
@@ -187,7 +187,7 @@ class Page:
         if not any(" ".join(words).startswith(beginning) for beginning in ONLY_PARSED):
             self.monkeypatch.setattr(sys, "argv", words)
             with pytest.raises(SystemExit) as stop:
-                gcl.main()
+                cli.main()
             assert stop.value.code == 0, stop.value.code
 
 
@@ -202,7 +202,7 @@ def naming(place):
 
 def check_options(arguments):
     """Raise typer's error for arguments that `gcl` would refuse."""
-    command, context = get_command(gcl.app), None
+    command, context = get_command(cli.app), None
     while hasattr(command, "commands"):
         context = command.make_context("gcl", [], parent=context, resilient_parsing=True)
         name, command, arguments = command.resolve_command(context, arguments)
@@ -241,7 +241,7 @@ def test_what_is_left_out_exists():
 @pytest.mark.parametrize("page", PAGES)
 def test_links(page):
     assert not broken_links(page)
-    assert not lost_code(page), "run python tests/test_docs.py"
+    assert not lost_code(page), "run python -m tests.test_docs"
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_multi_gpu_env
-from backbones import random_image, tiny_model, tiny_processor
 
 import train
 from modeling_gcl import GCLModel
-from training.batch_plan import accumulation_for
-from training.recipe import parse_recipe
+from tests.support.backbones import random_image, tiny_model, tiny_processor
+from universal_gcl.training.batch_plan import accumulation_for
+from universal_gcl.training.recipe import parse_recipe
 
 HUB_CONFIGS = Path(__file__).parents[1] / "hub_configs"
 RECIPES = sorted((HUB_CONFIGS / "lcs558k").glob("*.yaml"))

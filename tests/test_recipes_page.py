@@ -1,19 +1,16 @@
-"""docs/recipes.md: its figures are those of evaluation/paper_tables.json, and its recipes parse as they are called. To
-make the blocks between markers anew: python tests/test_recipes_page.py"""
+"""docs/recipes.md: its figures are those of paper_tables.json, and its recipes parse as they are called. To
+make the blocks between markers anew: python -m tests.test_recipes_page"""
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 
+from universal_gcl.evaluation.paper import paper_table
+from universal_gcl.training.recipe import parse_recipe
+
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # when it is run as a script
-
-from evaluation.paper import paper_table  # noqa: E402
-from training.recipe import parse_recipe  # noqa: E402
-
 PAGE = ROOT / "docs" / "recipes.md"
 MARKED = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 TABLES = ("mbeir_global", "mbeir_local", "mmeb", "covr", "ablation", "tinyclip")
@@ -84,7 +81,7 @@ def rendered():
 
 
 def test_the_page_shows_the_papers_figures():
-    assert rendered() == PAGE.read_text(encoding="utf-8"), f"run python {Path(__file__).relative_to(ROOT)}"
+    assert rendered() == PAGE.read_text(encoding="utf-8"), "run python -m tests.test_recipes_page"
     assert set(re.findall(r"<!-- begin (\w+) -->", PAGE.read_text(encoding="utf-8"))) == set(BLOCKS)
 
 

@@ -6,21 +6,21 @@ import re
 
 import pytest
 import torch
-from backbones import random_image
-from doors import run_outside
-from hub_on_loopback import TOKEN
 from safetensors.torch import load_file
 
 import train
-from evaluation.pairs import evaluate_pairs
 from modeling_gcl import GCLModel, GCLProcessor
-from publishing.hub_folder import files_for
-from publishing.push import check_folder
-from retrieval.adapters import load_adapter
-from retrieval.source_arguments import SourceArguments
-from retrieval.source_checks import SourceReport
-from retrieval.sources import load_pairs
-from training.training_arguments import GCLTrainingArguments
+from tests.support.backbones import random_image
+from tests.support.doors import run_outside
+from tests.support.hub_on_loopback import TOKEN
+from universal_gcl.evaluation.pairs.measure import evaluate_pairs
+from universal_gcl.publishing.hub_folder import files_for
+from universal_gcl.publishing.push import check_folder
+from universal_gcl.retrieval.adapters import load_adapter
+from universal_gcl.sources.arguments import SourceArguments
+from universal_gcl.sources.checks import SourceReport
+from universal_gcl.sources.pairs import load_pairs
+from universal_gcl.training.training_arguments import GCLTrainingArguments
 
 # mteb asks for it where images are embedded; nothing here needs it
 WITHOUT_TORCHVISION = """
@@ -54,8 +54,8 @@ def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys, hub, monkeypat
     assert re.search(r"headline +[\d.]+ → +[\d.]+", printed) and "gcl evaluate pairs" in printed
 
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    code = {"configuration_gcl.py", "modeling_gcl.py", "encoding_gcl.py", "loss_gcl.py", "processing_gcl.py"}
-    code |= {"rows_gcl.py", "tiles_gcl.py", "logsumexp_gcl.py", "triton_gcl.py", "pooling_gcl.py", "video_gcl.py"}
+    code = {"configuration_gcl.py", "modeling_gcl.py", "encoding.py", "loss.py", "processing_gcl.py"}
+    code |= {"rows.py", "tiles.py", "logsumexp.py", "kernels.py", "pooling.py", "video.py"}
     pictures = {f"pictures/{name}.png" for name in ("nine_way", "modality_pca", "training_curves", "result_sheet")}
     files = {
         "README.md",

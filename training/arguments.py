@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field
 
 from modeling_gcl.configuration_gcl import FUSIONS, TEXT_POOLINGS
-from retrieval.source_arguments import SourceArguments, positive
+from universal_gcl.sources.arguments import SourceArguments, positive
 
 FREEZABLE = ("image", "text", "image_tower", "text_tower", "fusion", "logit_scale")
 

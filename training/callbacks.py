@@ -3,7 +3,7 @@
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .sharding import tell_optimizer
+from universal_gcl.training.sharding import tell_optimizer
 
 
 class DataEpochCallback(TrainerCallback):

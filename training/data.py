@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from modeling_gcl.rows_gcl import load_image
-from retrieval.source_checks import DataError, SourceReport
-from retrieval.sources import read_source
-from training.arguments import DataArguments
-from training.augmentation import augment
-from training.decoding import decode_rgb
-from training.mixing import draws_per_epoch, epoch_plan, mixing_shares
-from training.preprocessing import TensorPreprocessing
+from modeling_gcl.rows import load_image
+from universal_gcl.sources.checks import DataError, SourceReport
+from universal_gcl.sources.pairs import read_source
+from universal_gcl.training.arguments import DataArguments
+from universal_gcl.training.augmentation import augment
+from universal_gcl.training.decoding import decode_rgb
+from universal_gcl.training.mixing import draws_per_epoch, epoch_plan, mixing_shares
+from universal_gcl.training.preprocessing import TensorPreprocessing
 
 MAX_BROKEN_IN_A_ROW = 100
 
@@ -149,7 +149,7 @@ def build_dataset(
         preprocessing: as of `PairDataset`.
 
     Raises:
-        DataError: as `retrieval.sources.read_source` lists them.
+        DataError: as `sources.pairs.read_source` lists them.
     """
     read = [read_source(source, max_broken_share=data.max_broken_share) for source in data.train]
     weights = [source.weight for source in data.train]

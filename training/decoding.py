@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image
 
-from modeling_gcl.rows_gcl import load_image
+from modeling_gcl.rows import load_image
 
 try:
     import simplejpeg

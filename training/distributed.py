@@ -1,7 +1,7 @@
 """What training processes tell each other: a contrastive batch they share, and evaluation shared out by rows.
 
 Notable features:
-- embeddings are gathered, then sums of exponentials; no gradient is communicated (`modeling_gcl.logsumexp_gcl`);
+- embeddings are gathered, then sums of exponentials; no gradient is communicated (`modeling_gcl.logsumexp`);
 - before any tensor travels, processes agree: an error on one, or arguments that differ, is an error on all of them;
 - processes need not hold equally many rows.
 """
@@ -22,7 +22,7 @@ def world_size():
 
 class Processes:
     """
-    The processes of `torch.distributed` as sharers of a contrastive batch: pass it to a loss of `modeling_gcl.loss_gcl`
+    The processes of `torch.distributed` as sharers of a contrastive batch: pass it to a loss of `modeling_gcl.loss`
     as `processes`. Its methods are collective: every process must call them, in the same order.
 
     Args:

@@ -20,8 +20,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from .chunks import split_batch
-from .random_state import RandomState
+from universal_gcl.training.chunks import split_batch
+from universal_gcl.training.random_state import RandomState
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from modeling_gcl import GCLModel
-from training.freezing import PROJECTIONS
+from universal_gcl.training.freezing import PROJECTIONS
 
 TRAINED_WHOLE = ("logit_scale", "fusion")
 

@@ -12,7 +12,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .random_state import RandomState
+from universal_gcl.training.random_state import RandomState
 
 # of the memory at hand: the rest is for what operators take within themselves, fragments and the loss's tiles
 USABLE_SHARE = 0.8

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from training.decoding import decoder_name
+from universal_gcl.training.decoding import decoder_name
 
 FILTERS = {2: "bilinear", 3: "bicubic", "bilinear": "bilinear", "bicubic": "bicubic"}  # PIL's and torchvision's
 KNOWN = {

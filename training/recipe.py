@@ -16,11 +16,19 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from retrieval.source_arguments import SourceArguments
-from training.arguments import DataArguments, LoraArguments, ModelArguments
-from training.recipe_help import format_help
-from training.recipe_values import RecipeError, choices, convert, is_switch, read_option, read_yaml, write_yaml
-from training.training_arguments import GCLTrainingArguments
+from universal_gcl.sources.arguments import SourceArguments
+from universal_gcl.training.arguments import DataArguments, LoraArguments, ModelArguments
+from universal_gcl.training.recipe_help import format_help
+from universal_gcl.training.recipe_values import (
+    RecipeError,
+    choices,
+    convert,
+    is_switch,
+    read_option,
+    read_yaml,
+    write_yaml,
+)
+from universal_gcl.training.training_arguments import GCLTrainingArguments
 
 SECTIONS = {"model": ModelArguments, "data": DataArguments, "training": GCLTrainingArguments, "peft": LoraArguments}
 USAGE = "usage: train.py RECIPE.yaml [--key value ...]   (--help lists the keys)"

@@ -6,7 +6,7 @@ Notable features:
 - the loss of every direction (and cut, with `matryoshka_dims`), 1/τ, the gradient norm and the shares of data, encoder
   and loss in the time are logged;
 - embeddings that are not finite stop the run, with the step and what to change;
-- `evaluate` runs `evaluation.pairs` instead of a loss over an eval loader.
+- `evaluate` runs `evaluation.pairs.measure` instead of a loss over an eval loader.
 """
 
 import logging
@@ -19,22 +19,26 @@ from accelerate.utils.memory import clear_device_cache
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer
 
-from evaluation.pairs import embed_pairs, evaluate_embeddings
-from evaluation.report import headline_metrics
 from modeling_gcl import alignclip_loss, contrastive_loss, gcl_loss
-from modeling_gcl.matryoshka_gcl import cuts_and_shares
-from retrieval.adapters import ADAPTER_WEIGHTS, check_adapter_keys, check_adapter_weights
-
-from .batch_plan import BatchPlan, accumulation_for, negatives_per_query
-from .callbacks import BatchSizeCallback, BrokenImagesCallback, DataEpochCallback, LogitScaleCallback
-from .chunks import widen_texts
-from .data import BrokenImages
-from .distributed import Processes, RowShardedEncoder
-from .gradcache import GradCache
-from .memory import fit_chunk
-from .parallelism import check_parallelism
-from .sharding import SavedClassCallback, prepare_sharding, whole_parameters
-from .step_timer import StepTimer, StepTimerCallback
+from modeling_gcl.matryoshka import cuts_and_shares
+from universal_gcl.evaluation.pairs.measure import embed_pairs, evaluate_embeddings
+from universal_gcl.evaluation.pairs.report import headline_metrics
+from universal_gcl.retrieval.adapters import ADAPTER_WEIGHTS, check_adapter_keys, check_adapter_weights
+from universal_gcl.training.batch_plan import BatchPlan, accumulation_for, negatives_per_query
+from universal_gcl.training.callbacks import (
+    BatchSizeCallback,
+    BrokenImagesCallback,
+    DataEpochCallback,
+    LogitScaleCallback,
+)
+from universal_gcl.training.chunks import widen_texts
+from universal_gcl.training.data import BrokenImages
+from universal_gcl.training.distributed import Processes, RowShardedEncoder
+from universal_gcl.training.gradcache import GradCache
+from universal_gcl.training.memory import fit_chunk
+from universal_gcl.training.parallelism import check_parallelism
+from universal_gcl.training.sharding import SavedClassCallback, prepare_sharding, whole_parameters
+from universal_gcl.training.step_timer import StepTimer, StepTimerCallback
 
 logger = logging.getLogger(__name__)
 

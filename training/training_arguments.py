@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers import TrainingArguments
 
-from modeling_gcl.loss_gcl import DENOMINATORS, DIRECTIONS
-from training.arguments import one_of, positive
+from modeling_gcl.loss import DENOMINATORS, DIRECTIONS
+from universal_gcl.training.arguments import one_of, positive
 
 LOSSES = ("gcl", "cl", "alignclip")
 # smallest values of the numbers whose wrong ones Trainer would take, or refuse without naming them

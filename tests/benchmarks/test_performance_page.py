@@ -18,7 +18,7 @@ def series(seconds, bytes=1e6):
 
 def environment():
     return {
-        "command": "python benchmarks/loss.py", "git": {"sha": "0123456789", "dirty": False}, "gpus": [], "threads": 2,
+        "command": "python -m benchmarks.loss", "git": {"sha": "0123456789", "dirty": False}, "gpus": [], "threads": 2,
         "cpu": {"name": "A processor", "cores": 2, "capability": "AVX2", "bfloat16": {"avx512_bf16": False}},
         "python": "3.11", "packages": {"torch": "2.13.0", "datasets": "5"},
     }  # fmt: skip
@@ -44,7 +44,7 @@ def loss_result():
 
 
 def test_the_page_is_up_to_date():
-    """`python benchmarks/report.py` was run after the last benchmark."""
+    """`python -m benchmarks.report` was run after the last benchmark."""
     page = report.PAGE.read_text()
     assert report.render(page, report.load(report.RESULTS)) == page
     assert set(re.findall(r"<!-- begin (\w+) -->", page)) == set(report.BLOCKS)

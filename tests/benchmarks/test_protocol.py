@@ -79,7 +79,7 @@ def test_workers_answer_with_json_or_stop_the_benchmark(tmp_path):
 def test_the_environment_names_what_figures_depend_on(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["benchmarks/loss.py", "--rounds", "2"])
     found = json.loads(json.dumps(environment(threads=2, seed=5)))
-    assert found["threads"] == 2 and found["seed"] == 5 and found["command"] == "python benchmarks/loss.py --rounds 2"
+    assert found["threads"] == 2 and found["seed"] == 5 and found["command"] == "python -m benchmarks.loss --rounds 2"
     assert found["packages"]["torch"] == torch.__version__
     assert {"name", "cores", "capability", "bfloat16"} <= found["cpu"].keys() and {"sha", "dirty"} == found[
         "git"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from retrieval.failures import failing_together, stop
+from universal_gcl.failures import failing_together, stop
 
 HOW = sys.argv[1]
 RANK = int(os.environ["RANK"])
@@ -42,7 +42,7 @@ def steps():
 
 def training(arguments):
     import train
-    from training.trainer import GCLTrainer
+    from universal_gcl.training.trainer import GCLTrainer
 
     training_step = GCLTrainer.training_step
 

@@ -8,12 +8,12 @@ import sys
 from unittest import mock
 
 import torch
-from backbones import tiny_encoder
-from training_runs import CHECKPOINTING, make_pairs, make_trainer
 
 from modeling_gcl import GCLModel
-from training.arguments import LoraArguments
-from training.lora import add_lora
+from tests.support.backbones import tiny_encoder
+from tests.support.training_runs import CHECKPOINTING, make_pairs, make_trainer
+from universal_gcl.training.arguments import LoraArguments
+from universal_gcl.training.lora import add_lora
 
 # the settings, and at which call of the model or of backward (over all steps) the last rank runs out of memory. In each
 # of the two steps one of two ranks embeds 2 micro-batches of 3 chunks: 0-4 without a graph, 5 with one, 6-10 again, and
@@ -92,7 +92,7 @@ def check_errors(processes):
     expect(MemoryError, "with chunks of 1 pairs", trainer.train)
     # where the memory at hand differs, the smallest decides for all
     here = 4 if trainer.args.process_index == 0 else 2
-    with mock.patch("training.memory.chunk_that_fits", lambda *figures: here):
+    with mock.patch("universal_gcl.training.memory.chunk_that_fits", lambda *figures: here):
         trainer = build(processes, chunk=None, gradient_accumulation_steps=1, effective_batch_size=48)
     assert (trainer.args.gradient_accumulation_steps, trainer.batch_plan.chunk) == (4, 2)
 

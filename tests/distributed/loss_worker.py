@@ -7,15 +7,16 @@ import os
 import sys
 from pathlib import Path
 
-import dense_loss
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling_gcl import loss_gcl, tiles_gcl
-from modeling_gcl.loss_gcl import NonFiniteError
-from training.distributed import Processes, world_size
+from modeling_gcl import loss as loss_module
+from modeling_gcl import tiles
+from modeling_gcl.loss import NonFiniteError
+from tests.support import dense_loss
+from universal_gcl.training.distributed import Processes, world_size
 
 SWITCHES = {
     "gcl": ("gcl_loss", {}),
@@ -60,7 +61,7 @@ def check(switch, sizes, dtype, half_ring, label_names, scale=20.0, tolerance=No
     options |= matryoshka or {}
     s = torch.tensor(scale, dtype=dtype, requires_grad=True)
     processes = Processes(half_ring=half_ring)
-    loss, terms = getattr(loss_gcl, name)(*leaves, s, return_terms=True, processes=processes, **options, **more)
+    loss, terms = getattr(loss_module, name)(*leaves, s, return_terms=True, processes=processes, **options, **more)
     *grads, from_scale = torch.autograd.grad(loss, [*leaves, s])
     dist.all_reduce(from_scale)
 
@@ -93,7 +94,7 @@ def check_flops():
     for half_ring, flops in expected.items():
         addmm = {torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1]}
         with FlopCounterMode(display=False, custom_mapping=addmm) as counter:
-            loss_gcl.gcl_loss(*embeds, 20.0, processes=Processes(half_ring=half_ring)).backward()
+            loss_module.gcl_loss(*embeds, 20.0, processes=Processes(half_ring=half_ring)).backward()
         assert flops <= counter.get_total_flops() <= 1.04 * flops, (half_ring, counter.get_total_flops() / flops)
     return 2
 
@@ -109,7 +110,7 @@ def check_errors():
         if rank == last:
             given |= changed | dict(change)
         try:
-            loss_gcl.gcl_loss(**given)
+            loss_module.gcl_loss(**given)
         except kind as error:
             assert message in str(error), str(error)
             return 1
@@ -150,7 +151,7 @@ def main(folder):
     assert world_size() == int(os.environ["WORLD_SIZE"]) > 1
     torch.set_num_threads(1)
     world = world_size()
-    tiles_gcl.TILE["cpu"] = 8
+    tiles.TILE["cpu"] = 8
     layouts = {"even": [13] * world, "one": [1] * world, "ragged": [17, 3, 9][:world]}
     count = 0
     for half_ring in (False, True):
@@ -176,7 +177,7 @@ def main(folder):
             count += check("alignclip", layouts["even"], torch.float64, half_ring, (), cache_bytes=cache_bytes)
         count += check("gcl", layouts["even"], torch.float32, half_ring, (), bf16=True, tolerance=1e-2)
     count += check_errors()
-    tiles_gcl.TILE["cpu"] = 32
+    tiles.TILE["cpu"] = 32
     count += check_flops()
     dist.barrier()
     Path(folder, f"rank_{dist.get_rank()}").write_text(str(count))

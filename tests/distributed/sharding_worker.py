@@ -8,18 +8,18 @@ import os
 import sys
 from pathlib import Path
 
-import gloo_as_gpus
 import numpy as np
 import torch
-from backbones import tiny_encoder, tiny_processor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from training_runs import make_pairs, make_trainer
 
 from modeling_gcl import GCLModel
-from training.data import PairCollator
-from training.distributed import world_size
-from training.freezing import freeze_parts
+from tests.distributed import gloo_as_gpus
+from tests.support.backbones import tiny_encoder, tiny_processor
+from tests.support.training_runs import make_pairs, make_trainer
+from universal_gcl.training.data import PairCollator
+from universal_gcl.training.distributed import world_size
+from universal_gcl.training.freezing import freeze_parts
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 # a large epsilon: else Adam blows up the rounding errors of gradients that are almost 0

@@ -30,7 +30,7 @@ def run(folder, launcher, how):
         how,
     ]
     return subprocess.run(
-        command, cwd=folder, env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=250,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from retrieval.failures import stop
+from universal_gcl.failures import stop
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "distributed" / "failing_worker.py"

@@ -7,10 +7,10 @@ import os
 import sys
 
 import torch
-from backbones import tiny_model
-from training_runs import make_pairs, make_trainer
 
-from training.distributed import RowShardedEncoder, world_size
+from tests.support.backbones import tiny_model
+from tests.support.training_runs import make_pairs, make_trainer
+from universal_gcl.training.distributed import RowShardedEncoder, world_size
 
 RUNS = {  # family of the model, settings of the training
     "gcl": ("clip", {"loss": "gcl"}),

@@ -3,7 +3,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from evaluation.embeddings import PairEmbeddings
+from universal_gcl.evaluation.pairs.embeddings import PairEmbeddings
 
 
 class HashModel:

@@ -5,12 +5,12 @@ import math
 
 import numpy as np
 import pytest
-from planted import PlantedModel
 
-from evaluation.benchmark import RetrievalTask, evaluate_tasks
-from evaluation.scoring import score_run
-from retrieval.embed import embed_rows
-from retrieval.run import Run
+from tests.support.planted import PlantedModel
+from universal_gcl.evaluation.benchmark import RetrievalTask, evaluate_tasks
+from universal_gcl.evaluation.scoring import score_run
+from universal_gcl.retrieval.embed import embed_rows
+from universal_gcl.retrieval.run import Run
 
 # by their cosine to q1 the candidates rank a1 b1 a2 b2 a3, to q2 the other way round
 ANGLES = {"q1": 0, "q2": 90, "a1": 10, "b1": 20, "a2": 30, "b2": 40, "a3": 50}

@@ -1,24 +1,21 @@
-"""docs/benchmarks.md: the paper's figures are those of evaluation/paper_tables.json, what is computed is computed, and
-the commands exist. To make the blocks between markers anew: python tests/evaluation/test_benchmarks_page.py"""
+"""docs/benchmarks.md: the paper's figures are those of paper_tables.json, what is computed is computed, and
+the commands exist. To make the blocks between markers anew: python -m tests.evaluation.test_benchmarks_page"""
 
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import typer
 from PIL import Image
 
+from modeling_gcl import GCLModel
+from tests.support.backbones import tiny_encoder, tiny_processor
+from universal_gcl import cli
+from universal_gcl.evaluation.paper import paper_table
+
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = map(str, (ROOT, ROOT / "tests"))  # when it is run as a script
-from backbones import tiny_encoder, tiny_processor  # noqa: E402
-
-import gcl  # noqa: E402
-from evaluation.paper import paper_table  # noqa: E402
-from modeling_gcl import GCLModel  # noqa: E402
-
 PAGE = ROOT / "docs" / "benchmarks.md"
 MARKED = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 # M-BEIR's test pools: task, rows of the pool, queries, as counted by mteb 2.26 (its descriptive_stats)
@@ -133,7 +130,7 @@ def rendered():
 
 
 def test_the_page_shows_the_papers_figures_and_what_is_computed():
-    assert rendered() == PAGE.read_text(encoding="utf-8"), f"run python {Path(__file__).relative_to(ROOT)}"
+    assert rendered() == PAGE.read_text(encoding="utf-8"), "run python -m tests.evaluation.test_benchmarks_page"
     assert set(re.findall(r"<!-- begin (\w+) -->", PAGE.read_text(encoding="utf-8"))) == set(BLOCKS)
 
 
@@ -167,7 +164,7 @@ def _params():
 
 @pytest.mark.parametrize("words", list(_params()))
 def test_commands_and_options_exist(words):
-    command, names = typer.main.get_command(gcl.app), list(words)
+    command, names = typer.main.get_command(cli.app), list(words)
     while hasattr(command, "commands"):
         command = command.commands[names.pop(0)]
     options = {option for param in command.params for option in (*param.opts, *param.secondary_opts)}

@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from planted import PlantedModel
 
-from evaluation.benchmark import RetrievalTask, evaluate_tasks
-from evaluation.benchmark_plots import RANK_BINS, direction_bars, first_rank_shares, rank_histogram
-from evaluation.benchmark_report import comparison_markdown, comparison_table, figures, mean_by_direction, read_run
-from evaluation.commands.compare import compare, compare_variants
-from retrieval.embed import embed_rows
+from tests.support.planted import PlantedModel
+from universal_gcl.evaluation.benchmark import RetrievalTask, evaluate_tasks
+from universal_gcl.evaluation.benchmark_plots import RANK_BINS, direction_bars, first_rank_shares, rank_histogram
+from universal_gcl.evaluation.benchmark_report import (
+    comparison_markdown,
+    comparison_table,
+    figures,
+    mean_by_direction,
+    read_run,
+)
+from universal_gcl.evaluation.commands.compare import compare, compare_variants
+from universal_gcl.retrieval.embed import embed_rows
 
 POOLS = {"a": ["a1", "a2", "a3"], "b": ["b1", "b2"]}
 # angles in the plane: the good model has what q1 and q2 look for, a1 and b2, nearest to them, the bad one farthest away

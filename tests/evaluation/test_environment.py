@@ -5,8 +5,8 @@ import sys
 
 import torch
 
-from evaluation import environment
-from evaluation.environment import collect_environment, command_line, git_state
+from universal_gcl.evaluation import environment
+from universal_gcl.evaluation.environment import collect_environment, command_line, git_state
 
 
 def test_environment_is_complete():

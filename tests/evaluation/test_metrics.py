@@ -2,11 +2,11 @@ import math
 
 import pytest
 
-from evaluation.metrics import load_metric
-from evaluation.metrics.hit_rate.hit_rate import hit_rate_at_k
-from evaluation.metrics.mrr.mrr import mrr_at_k
-from evaluation.metrics.ndcg.ndcg import ndcg_at_k
-from evaluation.metrics.recall.recall import recall_at_k
+from universal_gcl.evaluation.metrics import load_metric
+from universal_gcl.evaluation.metrics.hit_rate.hit_rate import hit_rate_at_k
+from universal_gcl.evaluation.metrics.mrr.mrr import mrr_at_k
+from universal_gcl.evaluation.metrics.ndcg.ndcg import ndcg_at_k
+from universal_gcl.evaluation.metrics.recall.recall import recall_at_k
 
 # three queries by hand: relevant at rank 2; relevant at ranks 1 and 4; nothing relevant retrieved
 RANKINGS = [[7, 3, 5, 1], [2, 9, 8, 4], [5, 6, 7, 8]]

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from backbones import tiny_encoder, tiny_processor
-from training_runs import write_parquet
 
-from evaluation.session import Session, parse_variant
 from modeling_gcl import GCLModel
+from tests.support.backbones import tiny_encoder, tiny_processor
+from tests.support.training_runs import write_parquet
+from universal_gcl.evaluation.session import Session, parse_variant
 
 ROWS = [("a", {"text": "A red bird."}), ("b", {"text": "Snow."}), ("c", {"text": "A red bird."})]
 

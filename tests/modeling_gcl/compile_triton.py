@@ -6,7 +6,6 @@ Needs no GPU, but the NVIDIA tools that Triton brings. Run by `test_triton_gcl.p
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-from modeling_gcl import triton_gcl
+from modeling_gcl import kernels
 
 TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
 CASES = (  # capability, dtype, rows, dim, bf16, semantic
@@ -80,10 +78,10 @@ def resources(cubin):
     return {name.lower(): int(re.search(rf"{name}:(\d+)", run.stdout)[1]) for name in ("REG", "STACK")}
 
 
-triton_gcl._sums_kernel = Compiler(triton_gcl._sums_kernel)
-triton_gcl._gradient_kernel = Compiler(triton_gcl._gradient_kernel)
+kernels._sums_kernel = Compiler(kernels._sums_kernel)
+kernels._gradient_kernel = Compiler(kernels._gradient_kernel)
 for capability, dtype, rows, dim, bf16, semantic in CASES:
-    triton_gcl._is_hopper = lambda _, hopper=capability == 90: hopper
+    kernels._is_hopper = lambda _, hopper=capability == 90: hopper
     x, labels = torch.zeros(rows, dim, dtype=dtype), torch.zeros(rows, dtype=torch.int64)
     cosines = torch.zeros(rows, semantic) if semantic else None
     panel = SimpleNamespace(
@@ -92,5 +90,5 @@ for capability, dtype, rows, dim, bf16, semantic in CASES:
     )  # fmt: skip
     sums = torch.zeros(1, 1, rows)
     if not bf16:
-        triton_gcl.add_sums(panel, 20.0, 1.0, sums)
-    triton_gcl.add_weighted(panel, 20.0, 1.0, sums, sums, [torch.zeros(rows, dim)], bf16=bf16)
+        kernels.add_sums(panel, 20.0, 1.0, sums)
+    kernels.add_weighted(panel, 20.0, 1.0, sums, sums, [torch.zeros(rows, dim)], bf16=bf16)

@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 import torch
-from backbones import FAMILIES, random_image, tiny_encoder, tiny_model, tiny_processor
 from transformers import AutoModel, AutoProcessor
 
 from modeling_gcl import GCLModel, gcl_loss
-from training.freezing import freeze_parts
+from tests.support.backbones import FAMILIES, random_image, tiny_encoder, tiny_model, tiny_processor
+from universal_gcl.training.freezing import freeze_parts
 
 TEXTS = ["a red dog runs on the grass", "the cat", "one bird flies in the blue sky", "a house"]
 

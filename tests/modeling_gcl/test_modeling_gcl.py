@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from backbones import random_image, tiny_encoder, tiny_processor
 from transformers import BertConfig, BertModel, CLIPModel
 
 from modeling_gcl import GCLConfig, GCLModel, GCLProcessor
+from tests.support.backbones import random_image, tiny_encoder, tiny_processor
 
 TEXTS = ["a red dog runs", "the cat sits on the green grass", "one bird"]
 

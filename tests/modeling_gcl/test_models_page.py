@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from backbones import FAMILIES
-from test_backbone_gcl import REFUSED
+from tests.modeling_gcl.test_backbone import REFUSED
+from tests.support.backbones import FAMILIES
 
 PAGE = (Path(__file__).parents[2] / "docs/models.md").read_text()
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in PAGE.splitlines() if line.startswith("| ")][

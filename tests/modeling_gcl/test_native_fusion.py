@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from backbones import random_image, tiny_processor
-from training_runs import make_trainer
 from transformers import AutoModel
 
 from modeling_gcl import GCLModel
-from modeling_gcl.configuration_vista import VistaConfig
-from modeling_gcl.modeling_vista import VistaModel
+from modeling_gcl.vista import VistaModel
+from modeling_gcl.vista_config import VistaConfig
+from tests.support.backbones import random_image, tiny_processor
+from tests.support.training_runs import make_trainer
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 TOWER |= {"initializer_range": 0.3}  # lively enough to learn within seconds

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from open_clip_states import clip_like_tokenizer
 
-from evaluation.embeddings import MODALITIES, PairEmbeddings
-from evaluation.environment import collect_environment
-from evaluation.pairs import evaluate_embeddings
-from publishing.card_facts import CardFacts, DataSource
+from tests.support.open_clip_states import clip_like_tokenizer
+from universal_gcl.evaluation.environment import collect_environment
+from universal_gcl.evaluation.pairs.embeddings import MODALITIES, PairEmbeddings
+from universal_gcl.evaluation.pairs.measure import evaluate_embeddings
+from universal_gcl.publishing.card_facts import CardFacts, DataSource
 
 
 def evaluate_random(noise, captions=4, seed=0, pairs=60):

@@ -7,19 +7,19 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from backbones import FAMILIES, TEXT, VISION, random_image, tiny_encoder, tiny_processor
-from doors import run_outside
-from hub_on_loopback import TOKEN
 from safetensors.torch import load_file, save_file
-from training_runs import make_trainer
 
 from modeling_gcl import GCLModel
-from publishing.adapter import merge_adapter, save_with_adapter
-from publishing.model_folder import save_model_folder
-from publishing.push import push_folder
-from retrieval.adapters import load_adapter, weight_checksums
-from training.arguments import LoraArguments
-from training.lora import add_lora
+from tests.support.backbones import FAMILIES, TEXT, VISION, random_image, tiny_encoder, tiny_processor
+from tests.support.doors import run_outside
+from tests.support.hub_on_loopback import TOKEN
+from tests.support.training_runs import make_trainer
+from universal_gcl.publishing.adapter import merge_adapter, save_with_adapter
+from universal_gcl.publishing.model_folder import save_model_folder
+from universal_gcl.publishing.push import push_folder
+from universal_gcl.retrieval.adapters import load_adapter, weight_checksums
+from universal_gcl.training.arguments import LoraArguments
+from universal_gcl.training.lora import add_lora
 
 ROWS = ["a red dog", {"image": "dog.png"}, {"image": "dog.png", "text": "in grass"}]
 DOORS = """
@@ -120,7 +120,7 @@ def test_a_training_that_changed_nothing_is_told(base, tmp_path):
 def test_an_adapter_that_loads_as_another_is_told(base, tmp_path, monkeypatch):
     model = trained(base)
     other = add_lora(GCLModel.from_pretrained(base), LoraArguments(r=4), str(base))
-    monkeypatch.setattr("publishing.adapter.load_adapter", lambda folder: other.eval())
+    monkeypatch.setattr("universal_gcl.publishing.adapter.load_adapter", lambda folder: other.eval())
     with pytest.raises(ValueError, match="the adapter in .* is not what was trained"):
         save_with_adapter(tmp_path, model, tiny_processor("clip"), weight_checksums(base))
 

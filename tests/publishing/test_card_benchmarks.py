@@ -9,17 +9,17 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from backbones import tiny_encoder, tiny_processor
 from huggingface_hub import ModelCard
-from mbeir_folders import made_benchmark, write_original
-from training_runs import write_parquet
 
-import gcl
-from evaluation.paper import paper_table
 from modeling_gcl import GCLModel
-from publishing.benchmarks import benchmark_markdown, eval_result_files, model_index
-from publishing.hub_folder import files_for, read_facts, rewrite_card, write_hub_folder
-from publishing.model_folder import save_model_folder
+from tests.support.backbones import tiny_encoder, tiny_processor
+from tests.support.mbeir_folders import made_benchmark, write_original
+from tests.support.training_runs import write_parquet
+from universal_gcl import cli
+from universal_gcl.evaluation.paper import paper_table
+from universal_gcl.publishing.benchmarks import benchmark_markdown, eval_result_files, model_index
+from universal_gcl.publishing.hub_folder import files_for, read_facts, rewrite_card, write_hub_folder
+from universal_gcl.publishing.model_folder import save_model_folder
 
 RECIPE = "model:\n  encoder: towers\n"
 ENVIRONMENT = {"gpus": [], "cpu": {"name": "a CPU"}, "image_backend": "pil", "date": "2026-01-31"}
@@ -28,7 +28,7 @@ ENVIRONMENT = {"gpus": [], "cpu": {"name": "a CPU"}, "image_backend": "pil", "da
 def run(*arguments):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(sys, "argv", ["gcl", *map(str, arguments)])
-        gcl.main()
+        cli.main()
     return stop.value.code
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from backbones import FAMILIES, TEXT, VISION, random_image, tiny_model, tiny_processor
-from doors import run_outside
 from PIL import Image
 
-import gcl
 from modeling_gcl import GCLModel
-from publishing.adapter import save_with_adapter
-from publishing.model_folder import save_model_folder
-from retrieval.adapters import weight_checksums
-from training.arguments import LoraArguments
-from training.lora import add_lora
+from tests.support.backbones import FAMILIES, TEXT, VISION, random_image, tiny_model, tiny_processor
+from tests.support.doors import run_outside
+from universal_gcl import cli
+from universal_gcl.publishing.adapter import save_with_adapter
+from universal_gcl.publishing.model_folder import save_model_folder
+from universal_gcl.retrieval.adapters import weight_checksums
+from universal_gcl.training.arguments import LoraArguments
+from universal_gcl.training.lora import add_lora
 
 PAGE = (Path(__file__).parents[2] / "docs/use-a-model.md").read_text()
 # NaFlex's further inputs and full-length texts, native fusion, mean pooling; "model" below has gates and centring
@@ -102,7 +102,7 @@ def found_and_expected(folder):
         for command in "".join(blocks("bash")).splitlines():
             patch.setattr(sys, "argv", command.split())
             with pytest.raises(SystemExit) as stop:
-                gcl.main()
+                cli.main()
             assert stop.value.code == 0
     given = f"import numpy\nrows, kinds, names = {ROWS!r}, {KINDS!r}, {[*expected, 'merged']!r}\n"
     page = "\n".join(blocks("python"))

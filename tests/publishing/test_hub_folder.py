@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from publishing.hub_folder import write_hub_folder
+from universal_gcl.publishing.hub_folder import write_hub_folder
 
 RECIPE = "model:\n  encoder: towers  # a comment\n"
 

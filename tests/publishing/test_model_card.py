@@ -8,10 +8,10 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from publishing import model_card
-from publishing.card_facts import DataSource
-from publishing.hub_folder import write_card
-from publishing.model_card import duration, losses
+from universal_gcl.publishing import model_card
+from universal_gcl.publishing.card_facts import DataSource
+from universal_gcl.publishing.hub_folder import write_card
+from universal_gcl.publishing.model_card import duration, losses
 
 REQUIRED = (
     "title", "model_name", "base_model", "command", "environment", "size", "licence", "loss", "recipe",

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import tiny_encoder, tiny_processor
-from doors import run_outside
-from hub_on_loopback import TOKEN
 
-import publishing.push
+import universal_gcl.publishing.push
 from modeling_gcl import GCLModel
-from publishing.push import check_folder, push_folder
+from tests.support.backbones import tiny_encoder, tiny_processor
+from tests.support.doors import run_outside
+from tests.support.hub_on_loopback import TOKEN
+from universal_gcl.publishing.push import check_folder, push_folder
 
 ROOT = Path(__file__).parents[2]
 LOAD = """
@@ -52,7 +52,7 @@ def push(hub, monkeypatch, capfd):
             assert TOKEN not in "".join(capfd.readouterr())
 
     push.waits = []
-    monkeypatch.setattr(publishing.push.time, "sleep", push.waits.append)
+    monkeypatch.setattr(universal_gcl.publishing.push.time, "sleep", push.waits.append)
     return push
 
 

@@ -2,8 +2,9 @@
 
 import datasets
 import pytest
-from photo_sources import COLOURS
 from PIL import Image
+
+from tests.support.photo_sources import COLOURS
 
 
 @pytest.fixture

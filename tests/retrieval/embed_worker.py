@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from backbones import WORDS, random_image, tiny_encoder, tiny_processor
 
 from modeling_gcl import GCLModel
-from retrieval.embed import embed_rows
+from tests.support.backbones import WORDS, random_image, tiny_encoder, tiny_processor
+from universal_gcl.retrieval.embed import embed_rows
 
 
 def make_rows(folder):

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from backbones import random_image, tiny_encoder, tiny_processor
-from embed_worker import CountingModel, make_rows
 
 from modeling_gcl import GCLModel, ImageError
-from retrieval.embed import _unique, embed_rows
-from retrieval.fingerprint import model_fingerprint, same_model
-from retrieval.store import Store, Vectors
+from tests.retrieval.embed_worker import CountingModel, make_rows
+from tests.support.backbones import random_image, tiny_encoder, tiny_processor
+from universal_gcl.retrieval.embed import _unique, embed_rows
+from universal_gcl.retrieval.fingerprint import model_fingerprint, same_model
+from universal_gcl.retrieval.store import Store, Vectors
 
 ROOT = Path(__file__).parents[2]
 WORKER = ROOT / "tests" / "retrieval" / "embed_worker.py"
@@ -104,7 +104,7 @@ def test_after_kills_the_result_is_the_same_and_nothing_whole_is_embedded_twice(
     images = Path(rows[0][1]["image"]).parent
     run = subprocess.run(
         [sys.executable, WORKER, tmp_path / "killed", tmp_path / "log", images, "killed"],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -294,7 +294,7 @@ def test_vectors_are_sliced_like_an_array(tmp_path):
 
 
 def test_a_log_gets_lines_with_rate_and_time_left(monkeypatch, capsys, model, rows, tmp_path):
-    monkeypatch.setattr("retrieval.progress._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("universal_gcl.retrieval.progress._SECONDS_BETWEEN_LINES", 0.0)
     embed_rows(*model, rows, tmp_path, shard_rows=5, show_progress=True)
     lines = capsys.readouterr().err.splitlines()
     assert any(line.startswith("embed: 5 of ") and "rows/s" in line and line.endswith(" left") for line in lines)

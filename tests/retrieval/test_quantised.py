@@ -8,14 +8,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_run import write_store
 
-from retrieval import quantised as module
-from retrieval import screening
-from retrieval.quantised import Streamed, forget, quantised
-from retrieval.run import search
-from retrieval.search import exact_top_k
-from retrieval.store import Store
+from tests.retrieval.test_run import write_store
+from universal_gcl.retrieval import quantised as module
+from universal_gcl.retrieval import screening
+from universal_gcl.retrieval.quantised import Streamed, forget, quantised
+from universal_gcl.retrieval.run import search
+from universal_gcl.retrieval.search import exact_top_k
+from universal_gcl.retrieval.store import Store
 
 
 @pytest.fixture(autouse=True)

@@ -2,14 +2,14 @@
 
 import numpy as np
 import pytest
-from backbones import tiny_encoder, tiny_processor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_gcl import GCLModel
-from retrieval.embed import embed_rows
-from retrieval.run import Run, search
-from retrieval.store import FORMAT, Store, write_json
+from tests.support.backbones import tiny_encoder, tiny_processor
+from universal_gcl.retrieval.embed import embed_rows
+from universal_gcl.retrieval.run import Run, search
+from universal_gcl.retrieval.store import FORMAT, Store, write_json
 
 MODEL = {"weights": "w", "config": "c", "processor": "p", "name": "tests", "revision": None}
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval import quantised, screening
-from retrieval.quantised import Kept, Streamed
-from retrieval.screening import screened_top_k
-from retrieval.search import exact_top_k
+from universal_gcl.retrieval import quantised, screening
+from universal_gcl.retrieval.quantised import Kept, Streamed
+from universal_gcl.retrieval.screening import screened_top_k
+from universal_gcl.retrieval.search import exact_top_k
 
 
 @pytest.fixture(autouse=True)

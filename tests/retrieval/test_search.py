@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.search import exact_top_k
+from universal_gcl.retrieval.search import exact_top_k
 
 
 def slow_top_k(queries, candidates, k):

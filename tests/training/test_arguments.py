@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from retrieval.source_arguments import SourceArguments
-from training import training_arguments as arguments_module
-from training.arguments import DataArguments, ModelArguments
-from training.training_arguments import GCLTrainingArguments
+from universal_gcl.sources.arguments import SourceArguments
+from universal_gcl.training import training_arguments as arguments_module
+from universal_gcl.training.arguments import DataArguments, ModelArguments
+from universal_gcl.training.training_arguments import GCLTrainingArguments
 
 
 def test_defaults_suit_contrastive_training(tmp_path):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from training.augmentation import augment
+from universal_gcl.training.augmentation import augment
 
 
 def gradient(width, height):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from training_runs import make_pairs, make_trainer
 
 from modeling_gcl import contrastive_loss, gcl_loss
-from training import memory
-from training.batch_plan import BatchPlan, accumulation_for, negatives_per_query
+from tests.support.training_runs import make_pairs, make_trainer
+from universal_gcl.training import memory
+from universal_gcl.training.batch_plan import BatchPlan, accumulation_for, negatives_per_query
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from backbones import random_image, tiny_encoder, tiny_processor
 from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling_gcl import GCLModel
-from training.chunks import split_batch, widen_texts
+from tests.support.backbones import random_image, tiny_encoder, tiny_processor
+from universal_gcl.training.chunks import split_batch, widen_texts
 
 TEXTS = ["a red dog", "a cat", "the blue bird flies in the sky", "grass", "a dog sits on green grass", "two"]
 

@@ -8,15 +8,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from backbones import random_image, tiny_processor
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from retrieval.source_arguments import SourceArguments
-from retrieval.source_checks import DataError
-from training.arguments import DataArguments
-from training.data import BrokenImages, PairCollator, PairDataset, build_dataset, stable_hash
-from training.preprocessing import TensorPreprocessing
+from tests.support.backbones import random_image, tiny_processor
+from universal_gcl.sources.arguments import SourceArguments
+from universal_gcl.sources.checks import DataError
+from universal_gcl.training.arguments import DataArguments
+from universal_gcl.training.data import BrokenImages, PairCollator, PairDataset, build_dataset, stable_hash
+from universal_gcl.training.preprocessing import TensorPreprocessing
 
 
 def make_pairs(count, captions=4, name="p", broken=(), format="PNG"):

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from modeling_gcl.rows_gcl import ImageError, load_image
-from training import decoding
-from training.decoding import decode_rgb, decoder_name
+from modeling_gcl.rows import ImageError, load_image
+from universal_gcl.training import decoding
+from universal_gcl.training.decoding import decode_rgb, decoder_name
 
 simplejpeg = pytest.importorskip("simplejpeg")
 

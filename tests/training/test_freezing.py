@@ -1,8 +1,8 @@
 import pytest
-from backbones import tiny_encoder
 
 from modeling_gcl import GCLModel
-from training.freezing import freeze_parts, parameter_counts, parameter_table
+from tests.support.backbones import tiny_encoder
+from universal_gcl.training.freezing import freeze_parts, parameter_counts, parameter_table
 
 
 def trained(model):

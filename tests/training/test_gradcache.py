@@ -5,15 +5,15 @@ from itertools import count
 
 import pytest
 import torch
-from backbones import tiny_encoder
 from torch import nn
-from toy_towers import Failing, gradients, toy, toy_batch
-from training_runs import CHECKPOINTING, make_pairs, make_trainer
 
 from modeling_gcl import GCLModel
-from training.arguments import LoraArguments
-from training.freezing import freeze_parts
-from training.lora import add_lora
+from tests.support.backbones import tiny_encoder
+from tests.support.toy_towers import Failing, gradients, toy, toy_batch
+from tests.support.training_runs import CHECKPOINTING, make_pairs, make_trainer
+from universal_gcl.training.arguments import LoraArguments
+from universal_gcl.training.freezing import freeze_parts
+from universal_gcl.training.lora import add_lora
 
 LOSSES = {
     "gcl": {"loss": "gcl"},

@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_towers import grad_cache, gradients, toy, toy_batch, toy_loss
 
-from training.gradcache import GradCache, RandomState
+from tests.support.toy_towers import grad_cache, gradients, toy, toy_batch, toy_loss
+from universal_gcl.training.gradcache import GradCache, RandomState
 
 
 def test_the_loss_scale_of_fp16_is_applied_once():

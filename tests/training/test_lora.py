@@ -4,16 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from backbones import random_image, tiny_encoder, tiny_processor
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
-from training_runs import CHECKPOINTING, make_trainer
 
 from modeling_gcl import GCLModel
-from training.arguments import LoraArguments
-from training.freezing import freeze_parts
-from training.lora import add_lora
+from tests.support.backbones import random_image, tiny_encoder, tiny_processor
+from tests.support.training_runs import CHECKPOINTING, make_trainer
+from universal_gcl.training.arguments import LoraArguments
+from universal_gcl.training.freezing import freeze_parts
+from universal_gcl.training.lora import add_lora
 
 
 def adapted(name="clip", freeze=(), fusion=None, **settings):

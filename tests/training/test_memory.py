@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from backbones import tiny_encoder
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from modeling_gcl import GCLModel
-from training import memory
-from training.memory import (
+from tests.support.backbones import tiny_encoder
+from universal_gcl.training import memory
+from universal_gcl.training.memory import (
     LARGEST_CHUNK,
     available_memory,
     chunk_that_fits,

@@ -4,7 +4,8 @@ import logging
 
 import pytest
 import torch
-from toy_towers import Failing, grad_cache, gradients, toy, toy_batch
+
+from tests.support.toy_towers import Failing, grad_cache, gradients, toy, toy_batch
 
 CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: 12 bytes")
 

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.mixing import draws_per_epoch, epoch_plan, mixing_shares
+from universal_gcl.training.mixing import draws_per_epoch, epoch_plan, mixing_shares
 
 sizes = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 

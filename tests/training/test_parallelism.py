@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
-from training_runs import make_pairs, make_trainer
 
-from training.parallelism import check_parallelism
-from training.training_arguments import GCLTrainingArguments
+from tests.support.training_runs import make_pairs, make_trainer
+from universal_gcl.training.parallelism import check_parallelism
+from universal_gcl.training.training_arguments import GCLTrainingArguments
 
 
 def check(monkeypatch, kind=DistributedType.MULTI_GPU, world_size=2, n_gpu=1, parallelism=None, **settings):

@@ -5,7 +5,6 @@ import io
 import numpy as np
 import pytest
 import torch
-from backbones import IMAGE_SIZE, tiny_encoder, tiny_processor
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -17,9 +16,10 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from modeling_gcl.rows_gcl import load_image
-from training.decoding import decode_rgb
-from training.preprocessing import (
+from modeling_gcl.rows import load_image
+from tests.support.backbones import IMAGE_SIZE, tiny_encoder, tiny_processor
+from universal_gcl.training.decoding import decode_rgb
+from universal_gcl.training.preprocessing import (
     MAX_SHARE_OVER_ONE,
     TensorPreprocessing,
     UnsupportedProcessor,
@@ -28,7 +28,7 @@ from training.preprocessing import (
 
 PROCESSORS = {
     "clip": CLIPImageProcessorPil(),
-    "towers": CLIPImageProcessorPil(  # as publishing.towers makes it
+    "towers": CLIPImageProcessorPil(  # as universal_gcl.conversion.towers makes it
         size={"shortest_edge": 96}, crop_size={"height": 96, "width": 96}, image_mean=[127 / 255] * 3,
         image_std=[128 / 255] * 3,
     ),

@@ -8,12 +8,12 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.source_arguments import SourceArguments
-from training.arguments import DataArguments, ModelArguments
-from training.recipe import SECTIONS, RecipeError, parse_recipe
-from training.recipe_help import field_docs
-from training.recipe_values import read_yaml, write_yaml
-from training.training_arguments import GCLTrainingArguments
+from universal_gcl.sources.arguments import SourceArguments
+from universal_gcl.training.arguments import DataArguments, ModelArguments
+from universal_gcl.training.recipe import SECTIONS, RecipeError, parse_recipe
+from universal_gcl.training.recipe_help import field_docs
+from universal_gcl.training.recipe_values import read_yaml, write_yaml
+from universal_gcl.training.training_arguments import GCLTrainingArguments
 
 RECIPE = """\
 model:

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from training_runs import make_trainer
 
-from training import step_timer
-from training.step_timer import StepTimer
+from tests.support.training_runs import make_trainer
+from universal_gcl.training import step_timer
+from universal_gcl.training.step_timer import StepTimer
 
 
 class Clock:

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from backbones import tiny_encoder, tiny_processor
-from training_runs import CHECKPOINTING, make_pairs, make_trainer
 
-from evaluation.pairs import evaluate_pairs
 from modeling_gcl import GCLModel, contrastive_loss, gcl_loss
-from retrieval.source_checks import DataError
-from training.data import PairCollator
-from training.freezing import freeze_parts
+from tests.support.backbones import tiny_encoder, tiny_processor
+from tests.support.training_runs import CHECKPOINTING, make_pairs, make_trainer
+from universal_gcl.evaluation.pairs.measure import evaluate_pairs
+from universal_gcl.sources.checks import DataError
+from universal_gcl.training.data import PairCollator
+from universal_gcl.training.freezing import freeze_parts
 
 
 def weights(trainer):

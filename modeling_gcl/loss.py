@@ -1,0 +1,373 @@
+"""Losses over three modalities of N pairs: GCL (arXiv 2509.25638), plain CL, and AlignCLIP's intra-modality separation.
+
+Notable features:
+- the self term is masked and the other positive stays in the denominator, as the paper states (floor log 2);
+- one switch each for the denominator, the intra-modality negatives, the weight of each direction, false negatives;
+- logits and log-sum-exp in float32 for half-precision embeddings and under autocast, in float64 for float64 ones;
+- memory O(N·D) forward and backward: `logsumexp` computes the logits tile by tile and never holds them;
+- Matryoshka: each loss also as a mean over embeddings cut to fewer dimensions;
+- a batch that several processes share gives each the loss of the whole and the exact gradient of its own rows.
+"""
+
+import math
+
+import torch
+
+from .logsumexp import OneProcess, block_logsumexp, working_dtypes
+from .matryoshka import SMALLEST_NORM, cuts_and_shares
+
+MODALITIES = {"i": "image_embeds", "t": "text_embeds", "it": "fused_embeds"}
+DIRECTIONS = ("i->t", "t->i", "i->it", "it->i", "t->it", "it->t")
+DENOMINATORS = ("all", "without_other_positive", "target")
+NORM_TOLERANCE = 0.01  # accepts unit rows rounded to bfloat16, also once they are cast up again (0.4 % at most)
+
+
+class NonFiniteError(FloatingPointError, ValueError):
+    """Embeddings or the scale hold NaN or infinity."""
+
+
+def gcl_loss(
+    image_embeds,
+    text_embeds,
+    fused_embeds,
+    logit_scale,
+    *,
+    ids=None,
+    caption_ids=None,
+    denominator="all",
+    intra_modality=True,
+    direction_weights=None,
+    matryoshka_dims=None,
+    matryoshka_weights=None,
+    return_terms=False,
+    bf16=False,
+    cache_bytes=0,
+    processes=None,
+):
+    r"""
+    Generalized contrastive loss: six directions a→b between image, text and fused embeddings, each contrasted against
+    every embedding of the batch in every modality:
+
+        L = -1/(6N) Σ_j Σ_{a≠b} log exp(s e_a^j·e_b^j) / Σ_{(m,k)≠(a,j)} exp(s e_a^j·e_m^k),   s = logit_scale = 1/τ
+
+    With the defaults this equals SupCon's L_out (Khosla et al., 2020) over the 3N embeddings with the pair as label.
+
+    Args:
+        image_embeds, text_embeds, fused_embeds (`torch.Tensor` of shape `(N, D)`): unit-norm embeddings, row j of each
+            from pair j; float16, bfloat16, float32 or float64, all alike.
+        logit_scale (`torch.Tensor` scalar or `float`): 1/τ, positive (not its logarithm).
+        ids (`torch.LongTensor` of shape `(N,)`, *optional*): pairs with equal ids are not each other's negatives.
+        caption_ids (`torch.LongTensor` of shape `(N,)`, *optional*): likewise for equal captions.
+        denominator (`str`): `"all"` (the paper): every other embedding. `"without_other_positive"`: leaves out the
+            anchor's third view (k=j, m∉{a,b}). `"target"`: only the target's modality (UNITE's masked variant).
+        intra_modality (`bool`): whether embeddings of the anchor's own modality are negatives (the paper: yes).
+            Without effect for `denominator="target"`.
+        direction_weights (`dict[str, float]`, *optional*): weight of each of the six directions `"i->t"`, ...; those
+            not named weigh 1. The loss is the weighted mean of the terms.
+        matryoshka_dims (sequence of `int`, *optional*): the loss is the weighted mean of the losses of the embeddings
+            cut to their first d entries and normalised again, for each d of these and for D, which is added where it is
+            missing (Kusupati et al., arXiv 2205.13147).
+        matryoshka_weights (sequence of `float`, *optional*): one for each of `matryoshka_dims`, positive; by default 1,
+            as has a D that is added.
+        return_terms (`bool`): also return the six unweighted terms, detached.
+        bf16 (`bool`): the gradient's matrix products in bfloat16 (gradient within about 0.5 %; the loss is not
+            touched). Faster where the processor has bfloat16 arithmetic.
+        cache_bytes (`int`): memory for exponentiated logits kept for the backward pass, which otherwise computes them
+            again. 18 N² bytes hold all of them, 9 N² with `bf16`. Without effect with `matryoshka_dims`.
+        processes (*optional*): `training.distributed.Processes()`, or what else offers the methods of
+            `logsumexp.OneProcess`. Each process then passes its own n of the N pairs (not all need hold equally
+            many). The loss is that of the whole batch on every process. The gradient that each gets, of its rows and of
+            `logit_scale`, is such that *averaging* parameter gradients over processes, as DistributedDataParallel and
+            FSDP do, gives the gradient of the loss.
+
+    Returns:
+        `torch.Tensor` scalar (float32, or float64 for float64 input); with `return_terms` a tuple of it and a
+        `dict[str, torch.Tensor]` from direction to scalar. With `matryoshka_dims` these are means over the dimensions,
+        and the dict also holds the loss at each, `"dim_64"` and so on.
+
+    Raises:
+        ValueError: embeddings of unequal shapes or devices, an empty batch, rows not of unit norm (within 1 %),
+            `logit_scale` not one positive number, unknown `denominator` or direction, ids that are not one per pair,
+            weights that are not finite, negative or all zero, dimensions that are not in 1..D or named twice, or rows
+            that are zero once cut. Of several processes all raise, naming the one at fault, also when their arguments
+            differ.
+        TypeError: embeddings or ids that are no tensors.
+        NonFiniteError: embeddings or `logit_scale` hold NaN or infinity; a `ValueError` and a `FloatingPointError`.
+
+    Example:
+        >>> e_i, e_t = (torch.nn.functional.normalize(torch.randn(8, 16), dim=-1) for _ in range(2))
+        >>> e_it = torch.nn.functional.normalize(e_i + e_t, dim=-1)
+        >>> loss = gcl_loss(e_i, e_t, e_it, logit_scale=50.0)
+    """
+    if denominator not in DENOMINATORS:
+        raise ValueError(f"denominator={denominator!r} is unknown: choose one of {', '.join(DENOMINATORS)}")
+    weights = _checked_weights(direction_weights)
+    batch = _Batch(
+        (image_embeds, text_embeds, fused_embeds), logit_scale, ids, caption_ids, processes=processes,
+        matryoshka=(matryoshka_dims, matryoshka_weights),
+        settings={"denominator": denominator, "intra_modality": intra_modality, "direction_weights": weights},
+    )  # fmt: skip
+    batch.contrast(own=intra_modality and denominator != "target", bf16=bf16, cache_bytes=cache_bytes)
+    terms = {d: batch.direction_term(d, denominator, intra_modality) for d in DIRECTIONS}
+    losses = sum(weights[d] * term for d, term in terms.items() if weights[d]) / sum(weights.values())
+    return batch.mean_over_cuts(losses, terms, return_terms)
+
+
+def contrastive_loss(
+    image_embeds,
+    text_embeds,
+    logit_scale,
+    *,
+    ids=None,
+    caption_ids=None,
+    matryoshka_dims=None,
+    matryoshka_weights=None,
+    return_terms=False,
+    bf16=False,
+    cache_bytes=0,
+    processes=None,
+):
+    r"""
+    Plain CL, CLIP's symmetric loss: the mean over i→t and t→i of the cross-entropy against the target modality.
+
+    Arguments, result and errors as for [`gcl_loss`]; the floor is 0.
+    """
+    batch = _Batch(
+        (image_embeds, text_embeds), logit_scale, ids, caption_ids, processes=processes,
+        matryoshka=(matryoshka_dims, matryoshka_weights),
+    )  # fmt: skip
+    batch.contrast(own=False, bf16=bf16, cache_bytes=cache_bytes)
+    terms = {d: batch.direction_term(d, "target", False) for d in ("i->t", "t->i")}
+    return batch.mean_over_cuts(sum(terms.values()) / 2, terms, return_terms)
+
+
+def alignclip_loss(
+    image_embeds,
+    text_embeds,
+    logit_scale,
+    *,
+    semantic_embeds=None,
+    separation_weight=0.5,
+    ids=None,
+    caption_ids=None,
+    matryoshka_dims=None,
+    matryoshka_weights=None,
+    return_terms=False,
+    bf16=False,
+    cache_bytes=0,
+    processes=None,
+):
+    r"""
+    CL plus AlignCLIP's intra-modality separation (arXiv 2406.17639, eq. 5-8, and the authors' code).
+
+    For X in {image, text}: separation_X is the cross-entropy, with the diagonal as target, of the logits
+    s·(X Xᵀ ∘ (1 − C) + diag(e_i^j·e_t^j)), where C holds the captions' semantic cosines: embeddings of one modality
+    repel each other unless their captions mean the same. Result: CL + separation_weight · mean(separation_i,
+    separation_t), which is half the authors' α=1, β=0.5 sum.
+
+    Args:
+        semantic_embeds (`torch.Tensor` of shape `(N, S)`, *optional*): caption embeddings of a semantic encoder, of any
+            norm but 0; the authors use a frozen sentence encoder. Default: the batch's own text embeddings, detached.
+            Never cut: at every dimension C is the same.
+        separation_weight (`float`): weight of the separation.
+        Others, result and errors as for [`gcl_loss`].
+    """
+    if not (math.isfinite(separation_weight) and separation_weight >= 0):
+        raise ValueError(f"separation_weight must be finite and not negative, got {separation_weight}")
+    batch = _Batch(
+        (image_embeds, text_embeds), logit_scale, ids, caption_ids, processes=processes,
+        semantic=text_embeds if semantic_embeds is None else semantic_embeds,
+        matryoshka=(matryoshka_dims, matryoshka_weights),
+        settings={"separation_weight": separation_weight},
+    )  # fmt: skip
+    batch.contrast(own=True, bf16=bf16, cache_bytes=cache_bytes)
+    terms = {d: batch.direction_term(d, "target", False) for d in ("i->t", "t->i")}
+    separation = {f"separation_{name}": batch.separation_term(name) for name in ("i", "t")}
+    losses = (terms["i->t"] + terms["t->i"] + separation_weight * sum(separation.values())) / 2
+    return batch.mean_over_cuts(losses, terms | separation, return_terms)
+
+
+class _Batch:
+    """Checked embeddings of one batch, in full precision, and the loss terms that come of their log-sum-exps: each of
+    shape (K,), one for every dimension to which the embeddings are cut."""
+
+    def __init__(
+        self, embeds, logit_scale, ids, caption_ids, processes=None, semantic=None, settings=None,
+        matryoshka=(None, None),
+    ):  # fmt: skip
+        self.modalities = list(MODALITIES)[: len(embeds)]
+        self.labels = {name: x for name, x in (("ids", ids), ("caption_ids", caption_ids)) if x is not None}
+        self.processes, self.semantic, error = processes or OneProcess(), semantic, None
+        try:
+            self._take(dict(zip(MODALITIES.values(), embeds)), logit_scale, *matryoshka)
+        except (ValueError, TypeError) as found:  # told to the other processes, which would wait for this one otherwise
+            error = found
+        shared = None if error else self._shared(settings or {}, embeds)
+        self.sizes = self.processes.agree(len(self.embeds[0]) if shared else 0, shared, error)
+
+    def _shared(self, settings, embeds):
+        """What must be the same on all processes, else they would wait for each other or compute different losses."""
+        return settings | {
+            "modalities": self.modalities,
+            "embedding size": self.embeds[0].shape[1],
+            "matryoshka_dims": self.cuts,
+            "dtypes": [x.dtype for x in embeds],
+            "labels": {name: x.dtype for name, x in self.labels.items()},
+            "semantic_embeds": None if self.semantic is None else (self.semantic.shape[1], self.semantic.dtype),
+            "logit_scale": self.scale.item(),
+            "gradients": torch.is_grad_enabled() and [x.requires_grad for x in (*embeds, self.scale)],
+            "half_ring": self.processes.half_ring,
+        }
+
+    def _take(self, embeds, logit_scale, dims, weights):
+        """Check the arguments of this process and bring them to full precision."""
+        _check_shapes(embeds, self.labels)
+        self.cuts = cuts_and_shares(dims, weights, embeds["image_embeds"].shape[1])
+        dtype, full = working_dtypes(list(embeds.values()))
+        self.embeds = [x.to(dtype) for x in embeds.values()]
+        self.scale = torch.as_tensor(logit_scale, dtype=full, device=self.embeds[0].device)
+        if self.scale.numel() != 1:
+            raise ValueError(f"logit_scale must be one number, got shape {tuple(self.scale.shape)}")
+        self.scale = self.scale.reshape(())
+        _check_values(dict(zip(embeds, self.embeds)), self.scale)
+        _check_cuts(dict(zip(embeds, self.embeds)), list(self.cuts)[:-1])
+        if self.semantic is not None:
+            self.semantic = _unit_semantic(self.semantic, self.embeds[0])
+
+    def contrast(self, own, bf16=False, cache_bytes=0):
+        """Compute the blocks between modalities and, if `own`, those within one."""
+        indices = range(len(self.embeds))
+        self.negatives, self.cosines = block_logsumexp(
+            self.embeds,
+            self.scale,
+            [(a, m) for a in indices for m in indices[a:] if own or a != m],
+            list(self.cuts),
+            labels=list(self.labels.values()),
+            semantic=self.semantic,
+            bf16=bf16,
+            cache_bytes=cache_bytes,
+            processes=self.processes,
+            sizes=self.sizes,
+        )
+
+    def positive(self, a, b):
+        """(K, N) logits of each pair's two views."""
+        a, b = sorted((self.modalities.index(a), self.modalities.index(b)))
+        return self.scale * self.cosines[:, a, b]
+
+    def negative(self, a, m):
+        """(K, N) log-sum-exp of each anchor's negatives (k≠j) in modality m."""
+        return self.negatives[:, self.modalities.index(a), self.modalities.index(m)]
+
+    def direction_term(self, direction, denominator, intra_modality):
+        """Mean over the pairs of -log p. The diagonal (self, positive, other positive) enters as the switches say."""
+        anchor, target = direction.split("->")
+        candidates = [target] if denominator == "target" else self.modalities
+        others = [m for m in self.modalities if m != anchor] if denominator == "all" else [target]
+        parts = [self.negative(anchor, m) for m in candidates if m != anchor or intra_modality]
+        parts += [self.positive(anchor, m) for m in others]
+        return (torch.stack(parts).logsumexp(0) - self.positive(anchor, target)).mean(-1)
+
+    def separation_term(self, name):
+        """Mean over the pairs of AlignCLIP's cross-entropy within one modality; needs `contrast` with `semantic`."""
+        positive = self.positive("i", "t")
+        return (torch.logaddexp(self.negative(name, name), positive) - positive).mean(-1)
+
+    def mean_over_cuts(self, losses, terms, return_terms):
+        """The scalar loss, and what `gcl_loss` says of terms, from those of each dimension."""
+        shares = losses.new_tensor(list(self.cuts.values()))
+        loss = (shares * losses).sum()  # no dot product: autocast would round it
+        if not return_terms:
+            return loss
+        terms = {name: (shares * term.detach()).sum() for name, term in terms.items()}
+        if len(self.cuts) > 1:
+            terms |= {f"dim_{d}": value for d, value in reversed(list(zip(self.cuts, losses.detach())))}
+        return loss, terms
+
+
+def _unit_semantic(semantic, like):
+    """(N, S) unit rows for C, without gradient."""
+    if semantic.ndim != 2 or len(semantic) != len(like) or semantic.device != like.device:
+        raise ValueError(
+            f"semantic_embeds must be ({len(like)}, S) on {like.device}, one row per pair, got "
+            f"{tuple(semantic.shape)} on {semantic.device}"
+        )
+    semantic = semantic.detach().to(torch.promote_types(like.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(semantic, dim=-1, keepdim=True)
+    bad = ~((norms > 0) & norms.isfinite())
+    if bad.any():
+        row = bad.flatten().nonzero()[0].item()
+        raise ValueError(f"semantic_embeds row {row} is zero, NaN or infinite: leave out pairs without a caption")
+    return semantic / norms
+
+
+def _checked_weights(weights):
+    """Weight of each direction; 1 for those not named."""
+    weights = weights or {}
+    unknown = set(weights) - set(DIRECTIONS)
+    if unknown:
+        raise ValueError(f"direction_weights names {sorted(unknown)}; the directions are {list(DIRECTIONS)}")
+    weights = {direction: float(weights.get(direction, 1.0)) for direction in DIRECTIONS}
+    if not all(math.isfinite(w) and w >= 0 for w in weights.values()) or sum(weights.values()) == 0:
+        raise ValueError(f"direction_weights must be finite, non-negative and not all zero, got {weights}")
+    return weights
+
+
+def _check_shapes(embeds, labels):
+    for name, x in (embeds | labels).items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    shapes = {name: tuple(x.shape) for name, x in embeds.items()}
+    shape = shapes["image_embeds"]
+    if set(shapes.values()) != {shape} or len(shape) != 2:
+        raise ValueError(f"embeddings must be (N, D) and of one shape for every modality, got {shapes}")
+    if shape[0] == 0:
+        raise ValueError("the batch is empty: a contrastive loss needs at least one pair")
+    for name, x in labels.items():
+        if tuple(x.shape) != shape[:1]:
+            raise ValueError(f"{name} must hold one label per pair, shape {shape[:1]}, got {tuple(x.shape)}")
+    devices = {name: x.device for name, x in (embeds | labels).items()}
+    if len(set(devices.values())) != 1:
+        raise ValueError(f"embeddings and ids must lie on one device, got {devices}")
+
+
+def _check_values(embeds, scale):
+    """One pass over the rows' norms and one transfer from the device; NaN and infinity show in the norm."""
+    norms = {name: _norms(x) for name, x in embeds.items()}
+    worst = torch.stack([*((x - 1).abs().amax() for x in norms.values()), scale.detach()])
+    *deviations, scale = worst.tolist()
+    if not math.isfinite(scale):
+        raise NonFiniteError(f"logit_scale is {scale}")
+    if scale <= 0:
+        raise ValueError(f"logit_scale must be positive (it is 1/τ, not its logarithm), got {scale}")
+    for (name, x), deviation in zip(norms.items(), deviations):
+        if not math.isfinite(deviation):
+            rows = (~x.isfinite()).nonzero().flatten().tolist()
+            raise NonFiniteError(
+                f"{name} holds NaN or infinite values in {len(rows)} of {len(x)} rows, the first is row {rows[0]}: "
+                "the encoder's weights have diverged, or its output overflowed"
+            )
+        if deviation > NORM_TOLERANCE:
+            row = (x - 1).abs().argmax().item()
+            raise ValueError(
+                f"{name} must hold rows of unit norm, row {row} has norm {x[row].item():.4g}: "
+                "apply torch.nn.functional.normalize(x, dim=-1) first"
+            )
+
+
+def _check_cuts(embeds, dims):
+    """Whether every row, cut to each of `dims`, can be normalised again."""
+    if not dims:
+        return
+    norms = {(name, d): _norms(x[:, :d]) for name, x in embeds.items() for d in dims}
+    smallest = torch.stack([x.amin() for x in norms.values()]).tolist()
+    for ((name, d), x), norm in zip(norms.items(), smallest):
+        if norm < SMALLEST_NORM:
+            raise ValueError(
+                f"{name} can't be cut to {d} dimensions: the norm of row {x.argmin().item()} is {norm:.4g} there, too "
+                f"small to be normalised; leave {d} out of matryoshka_dims"
+            )
+
+
+def _norms(x):
+    return torch.linalg.vector_norm(x.detach(), dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,1 @@
+"""All of GCL that does not ship with a checkpoint: data, training, evaluation, publishing and the `gcl` command."""

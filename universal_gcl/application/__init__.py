@@ -1,0 +1,1 @@
+"""The search page (`gcl demo`) and the Gradio Space that shows it."""

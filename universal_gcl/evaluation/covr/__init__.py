@@ -1,0 +1,1 @@
+"""WebVid-CoVR: composed video retrieval."""

@@ -1,0 +1,224 @@
+"""M-BEIR: 16 tasks, each searched in its local pool and in the global one, which is all pools joined.
+
+Notable features:
+- the rules are UniIR's (98dc570): cleaned texts, no instructions unless asked for (the paper has none), what is absent
+  of a row counts for nothing, and nothing is excluded from a pool, reference images of CIRR and FashionIQ included;
+- "Recall@k" is the hit rate, 1 if any positive is among the first k: k = 5 on the local pool, and 10 for Fashion200K
+  and FashionIQ; 50 on the global pool, as in the paper's tables (`evaluation.mbeir.report`);
+- OVEN and InfoSeek name positives in each other's pools: on the local pool these can't be found;
+- all files are checked, and images looked for, before anything is embedded.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from universal_gcl.evaluation.benchmark import SCOPES, RetrievalTask, evaluate_tasks
+from universal_gcl.evaluation.mbeir.files import OriginalFiles
+from universal_gcl.evaluation.mbeir.mirrors import Mirrors
+from universal_gcl.evaluation.mbeir.report import average_of, paper_metric
+from universal_gcl.evaluation.mbeir.rows import Rows, Scan, refuse_shared, scan
+from universal_gcl.evaluation.mbeir.tasks import TASKS, MBEIRTask
+from universal_gcl.retrieval.store import Store
+
+_SHARING = ("5", "6")  # OVEN and InfoSeek
+_NAMED = 3  # examples in a message
+
+
+@dataclass
+class MBEIR:
+    """
+    What was read.
+
+    Attributes:
+        tasks: those to evaluate.
+        pools: name → rows; with the global scope, all of its pools.
+        images, missing: how many rows have an image, and the files of those that are not there.
+        empty: pool or task → ids of rows whose text has nothing left once it is cleaned. UniIR gives them the zero
+            vector, which ranks behind all that is alike at all; here they have none.
+    """
+
+    tasks: list[RetrievalTask]
+    pools: dict[str, Rows]
+    images: int
+    missing: list[str]
+    empty: dict[str, list[str]]
+
+
+def open_source(root: str | Path | None = None, hub: str | None = None) -> OriginalFiles | Mirrors:
+    """The files of M-BEIR, in either layout (`evaluation.mbeir.files`, `evaluation.mbeir.mirrors`).
+
+    Raises:
+        ValueError: both or neither of folder and Hub.
+        FileNotFoundError: a folder with neither layout.
+    """
+    if (root is None) == (hub is None):
+        raise ValueError("name either a folder (root) or an owner of data sets on the Hub (hub)")
+    if hub is not None:
+        return Mirrors(hub=hub)
+    if (Path(root) / "cand_pool").is_dir():
+        return OriginalFiles(root)
+    if any(Path(root).glob("mbeir_*/")):
+        return Mirrors(root)
+    raise FileNotFoundError(
+        f"{root} holds neither cand_pool/ (the layout of TIGER-Lab/M-BEIR) nor folders mbeir_TASK/ (of its mirrors)"
+    )
+
+
+def read_mbeir(
+    source: OriginalFiles | Mirrors,
+    tasks: Sequence[MBEIRTask],
+    *,
+    scopes: Sequence[str] = SCOPES,
+    limit: int | None = None,
+    instructions: bool = False,
+) -> MBEIR:
+    """
+    Go through all files that are needed, once: a minute or so of a core for all pools, if images are found quickly.
+
+    Args:
+        tasks: of `mbeir_tasks.choose_tasks`. The global scope needs the pools of all 16, whatever tasks are chosen (or,
+            for tasks that are not M-BEIR's, the pools of those chosen).
+        limit: only the first queries of each task; a pool keeps as many candidates, and all positives.
+        instructions: put a prompt before the text of each query.
+
+    Raises:
+        FileNotFoundError: files that are not there; all are named.
+        ValueError: files that are cut off or hold what can't be; the file and line are named. Queries without positives
+            and positives without query, ids of positives that no pool holds, ids that several entries share.
+    """
+    pooled = list(tasks) if "global" not in scopes or not set(tasks) <= set(TASKS) else list(TASKS)
+    _refuse_absent(source, tasks, pooled)
+    wanted: set[str] = set()
+    retrieval_tasks, scans = [], {}
+    for task in tasks:
+        prompts = source.prompts(task) if instructions else None
+        scans[task.name], positives = _read_task(source, task, limit, prompts)
+        queries = scans[task.name].rows
+        retrieval_tasks.append(RetrievalTask(task.name, task.direction, queries, positives, task.pool))
+        wanted.update(*positives.values())
+    pools, found = {}, {}
+    for task in {task.pool: task for task in pooled}.values():
+        pools[task.pool], found[task.pool] = _read_pool(source, task, limit, wanted)
+    if len(pools) > 1:
+        refuse_shared(pools)
+    for task, retrieval_task in zip(tasks, retrieval_tasks, strict=True):
+        _refuse_unknown(source, task, retrieval_task.positives, found, complete=pooled == list(TASKS))
+    scans |= {f"candidates/{name}": of for name, of in pools.items()}
+    return MBEIR(
+        tasks=retrieval_tasks,
+        pools={name: of.rows for name, of in pools.items()},
+        images=sum(of.images for of in scans.values()),
+        missing=[file for of in scans.values() for file in of.missing],
+        empty={name: of.empty for name, of in scans.items() if of.empty},
+    )
+
+
+def evaluate_mbeir(
+    benchmark: MBEIR,
+    tasks: Sequence[MBEIRTask],
+    embed: Callable[[str, Sequence], Store],
+    out: str | Path,
+    *,
+    scopes: Sequence[str] = SCOPES,
+    skip_unreadable: bool = False,
+    limit: int | None = None,
+    device: str = "cpu",
+) -> dict | None:
+    """
+    Embed, search and score what `read_mbeir` gave.
+
+    Args:
+        tasks, scopes, limit: as they were for `read_mbeir`.
+        embed, out, device: as for `evaluation.benchmark.evaluate_tasks`.
+        skip_unreadable: go on without images that are missing; `embed` must do so too. A query without is a miss.
+
+    Returns:
+        as `evaluate_tasks`, on process 0 alone, and
+        - of each task and scope, `paper_metric`: which of the metrics the paper reports, e.g. `"hit@5"`;
+        - `average`: scope → plain mean of these over the tasks, in 0..1;
+        - `images`: `{"rows": with an image, "missing": how many of them, "examples"}`; `empty`: see `MBEIR`;
+          `limit`: of a smoke run, else None.
+
+    Raises:
+        FileNotFoundError: missing images: how many, and some of them.
+    """
+    if benchmark.missing and not skip_unreadable:
+        examples = ", ".join(benchmark.missing[:_NAMED])
+        raise FileNotFoundError(
+            f"{len(benchmark.missing):,} of {benchmark.images:,} images are missing, e.g. {examples}; unpack them, or "
+            "go on without them with --skip-unreadable"
+        )
+    result = evaluate_tasks(benchmark.tasks, benchmark.pools, embed, out, scopes=scopes, device=device)
+    if result is None:
+        return None
+    for task, retrieval_task in zip(tasks, benchmark.tasks, strict=True):
+        result["tasks"][task.name]["queries"] = len(retrieval_task.positives)
+        for scope in scopes:
+            result["tasks"][task.name][scope]["paper_metric"] = paper_metric(task, scope)
+    result["average"] = {scope: average_of(result, scope) for scope in scopes}
+    missing = {"missing": len(benchmark.missing), "examples": benchmark.missing[:_NAMED]}
+    return result | {"images": {"rows": benchmark.images} | missing, "empty": benchmark.empty, "limit": limit}
+
+
+def _refuse_absent(source, tasks, pooled):
+    needed = [file for task in tasks for file in source.needed(task)]
+    needed += [file for task in pooled for file in source.needed_pool(task)]
+    absent = [str(file) for file in needed if not file.is_file()]
+    if absent:
+        pools = " The global pool is that of all 16 tasks; --scope local needs those of --tasks only."
+        raise FileNotFoundError(
+            f"{len(absent)} files are not there: {', '.join(absent)}.{pools if len(pooled) > len(tasks) else ''}"
+        )
+
+
+def _read_task(source, task, limit, prompts) -> tuple[Scan, dict[str, list[str]]]:
+    """The queries of a task, and of each that counts the positives, in the order of the queries."""
+    names = []
+
+    def keep(number, name):
+        names.append(name)
+        return limit is None or number < limit
+
+    queries = scan(source.queries(task), keep, prompts)
+    judged: dict[str, list[str]] = {name: [] for name in names}
+    for place, query, candidate in source.judgements(task):
+        if query not in judged:
+            raise ValueError(f"{place}: there is no query {query!r} among those of {task.name}")
+        if candidate not in judged[query]:
+            judged[query].append(candidate)
+    without = [name for name, positives in judged.items() if not positives]
+    if without:
+        raise ValueError(f"{task.name}: {len(without)} queries have no positives in the qrels, e.g. {without[0]!r}")
+    return queries, {name: judged[name] for name in names[:limit]}
+
+
+def _read_pool(source, task, limit, wanted) -> tuple[Scan, set[str]]:
+    """The candidates of a pool, and which of the positives it holds."""
+    found = set()
+
+    def keep(number, name):
+        if name in wanted:
+            found.add(name)
+            return True
+        return limit is None or number < limit
+
+    return scan(source.pool(task), keep), found
+
+
+def _refuse_unknown(
+    source, task: MBEIRTask, positives: dict[str, list[str]], found: dict[str, Collection[str]], complete: bool
+):
+    """`complete`: whether `found` is of all pools of M-BEIR."""
+    unknown = set().union(*positives.values()).difference(found[task.pool])
+    if task.dataset_id in _SHARING:
+        unknown = unknown.difference(*found.values())
+        if not complete:
+            unknown = {name for name in unknown if name.split(":")[0] not in _SHARING}
+    if not unknown:
+        return
+    for place, query, candidate in source.judgements(task):
+        if candidate in unknown and query in positives:
+            raise ValueError(
+                f"{place}: the positive {candidate!r} of {query!r} is in no pool that was read; {len(unknown)} such ids"
+            )

@@ -1,0 +1,1 @@
+"""MixBench: search over a pool of mixed modalities."""

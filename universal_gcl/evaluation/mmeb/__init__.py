@@ -1,0 +1,1 @@
+"""MMEB's image tasks."""

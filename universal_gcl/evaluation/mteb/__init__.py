@@ -1,0 +1,1 @@
+"""MIEB and the other tasks of mteb that are texts and images."""

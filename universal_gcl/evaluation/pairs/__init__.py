@@ -1,0 +1,1 @@
+"""Nine-way retrieval, mixed search and the modality gap on captioned images."""

@@ -1,0 +1,288 @@
+"""The Hub-ready folder: what goes beside the weights, the processor and the code files.
+
+- `recipe.yaml`: the recipe as run
+- `environment.json`: versions, hardware, git SHA
+- `data.json`: sources, revisions, pairs used and skipped
+- `results.json`: what the evaluation measured
+- `pictures/`: heat map, PCA, curves, result sheet
+- `benchmarks/`: what `gcl evaluate` measured of this model, once `gcl card` was given it
+- `card.json`: the model card's facts that are in none of these
+- `.eval_results/`: the benchmarks as the Hub reads them
+- `README.md`: the model card; written last, so that a folder with a card is complete
+
+Of these a conversion writes `environment.json`, `card.json` and `README.md`. A card can be written anew from the folder
+alone, for another id or with more benchmarks.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import yaml
+
+from modeling_gcl import GCLModel, GCLProcessor
+from universal_gcl.evaluation.environment import collect_environment, command_line
+from universal_gcl.evaluation.model_size import model_size
+from universal_gcl.publishing.benchmarks import OURS, benchmark_name, eval_result_files, read_benchmark, without_folders
+from universal_gcl.publishing.card_facts import CardFacts, check_hub_id
+from universal_gcl.publishing.model_card import card_text
+from universal_gcl.publishing.shown_paths import absolute_paths, without_paths
+from universal_gcl.retrieval.adapters import adapter_base
+from universal_gcl.retrieval.fingerprint import model_fingerprint
+
+ADAPTER_FOLDER = "adapter"
+_ELSEWHERE = ("recipe", "environment", "data", "results_before", "results_after", "adapter_base", "benchmarks")
+
+
+def write_hub_folder(
+    folder: str | Path,
+    *,
+    facts: CardFacts,
+    recipe_text: str,
+    results: dict,
+    pictures: dict[str, Path] | None = None,
+) -> Path:
+    """Completes a folder that `save_model_folder` wrote.
+
+    Each file appears whole or not at all. An older card, and benchmarks of the model that it was of, are removed first.
+
+    Args:
+        folder: holds `config.json` and the weights already.
+        facts: for the card; its `pictures` are set here.
+        recipe_text: YAML of the recipe as run.
+        results: JSON-serialisable, rates in 0..1; written as they are. `before` and `after` are those of the facts.
+        pictures: name (see `model_card.PICTURES`) → an image file, inside the folder or elsewhere.
+
+    Returns:
+        Path of the folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no saved model, or a picture is absent.
+        ValueError: the recipe is no YAML, figures are not finite, or a fact is missing.
+        TypeError: the recipe is no mapping.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json: call model.save_pretrained({str(folder)!r}) first.")
+    try:
+        recipe = yaml.safe_load(recipe_text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe_text is no YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise TypeError(f"recipe_text must be a YAML mapping, got {type(recipe).__name__}.")
+
+    (folder / "README.md").unlink(missing_ok=True)
+    shutil.rmtree(folder / "benchmarks", ignore_errors=True)
+    paths = {name: copy_picture(folder, name, Path(path)) for name, path in (pictures or {}).items()}
+    write_text(folder / "recipe.yaml", recipe_text)
+    write_text(folder / "data.json", json_text([asdict(source) for source in facts.data], "data.json"))
+    write_text(folder / "results.json", json_text(results, "results.json"))
+    write_card(folder, replace(facts, pictures=paths, adapter_base=_adapter_base(folder)))
+    return folder
+
+
+def write_conversion(
+    folder: Path,
+    *,
+    out: Path,
+    model: GCLModel,
+    processor: GCLProcessor,
+    base_model: str,
+    conversion: str,
+    base_model_ids: Sequence[str] = (),
+    licence: str | None = None,
+    licence_note: str = "",
+) -> None:
+    """Completes a folder that a converter wrote by `save_model_folder`, to be moved to `out`; the rest as of
+    `CardFacts`."""
+    write_card(
+        folder,
+        CardFacts(
+            title=out.resolve().name,
+            model_name=local_name(out),
+            base_model=base_model,
+            base_model_ids=list(base_model_ids),
+            command=command_line(),
+            environment=collect_environment(),
+            size=model_size(model, processor),
+            licence=licence,
+            licence_note=licence_note,
+            conversion=conversion,
+        ),
+    )
+
+
+def write_card(folder: Path, facts: CardFacts) -> Path:
+    """Writes `environment.json`, `card.json`, `.eval_results/` and at last `README.md`; returns the card's path.
+
+    Raises:
+        ValueError: a fact is missing, inconsistent, or not what the Hub takes; the message names it.
+        FileNotFoundError: a picture is not in the folder.
+    """
+    for name, path in facts.pictures.items():
+        if not (folder / path).is_file():
+            raise FileNotFoundError(f"CardFacts.pictures[{name!r}] is {path!r}, which {folder} does not hold.")
+    files = card_files(facts)
+    for stale in folder.glob(OURS):
+        stale.unlink()
+    write_text(folder / "environment.json", json_text(facts.environment, "environment.json"))
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_text(folder / name, text)
+    return folder / "README.md"
+
+
+def card_files(facts: CardFacts) -> dict[str, str]:
+    """Path → text of `.eval_results/`, `card.json` and, last, `README.md`. Errors as of `write_card`."""
+    readme = card_text(facts)
+    told = {name: value for name, value in asdict(facts).items() if name not in _ELSEWHERE}
+    card = {"facts": told, "readme_sha256": hashlib.sha256(readme.encode()).hexdigest()}
+    files = eval_result_files(facts.benchmarks, facts.model_name if facts.on_hub else None)
+    return files | {"card.json": json_text(card, "card.json"), "README.md": readme}
+
+
+def read_facts(folder: Path) -> CardFacts:
+    """
+    The facts that a folder holds.
+
+    Raises:
+        ValueError: there is no `card.json`, or files are no longer what was written.
+    """
+    if not (folder / "card.json").is_file():
+        raise ValueError(
+            f"{folder} holds no card.json, which training and `gcl convert` write: nothing tells where this model "
+            "comes from. Write its README.md by hand"
+        )
+    try:
+        told = _read_json(folder / "card.json")["facts"] | {"environment": _read_json(folder / "environment.json")}
+        if not told["conversion"]:
+            results = _read_json(folder / "results.json")
+            told["recipe"] = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+            told["data"] = _read_json(folder / "data.json")
+            told["results_before"], told["results_after"] = results.get("before"), results.get("after")
+        benchmarks = [_read_json(path) for path in sorted((folder / "benchmarks").glob("*.json"))]
+        return CardFacts(**told, adapter_base=_adapter_base(folder), benchmarks=benchmarks)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"{folder}: the facts of its card can't be read ({error}). Train or convert it again"
+        ) from error
+
+
+def is_edited(folder: Path) -> bool:
+    """Whether `README.md` is another than `write_card` wrote."""
+    readme = (folder / "README.md").read_bytes()
+    return hashlib.sha256(readme).hexdigest() != _read_json(folder / "card.json")["readme_sha256"]
+
+
+def rewrite_card(
+    folder: Path, *, repo_id: str | None = None, results: Sequence[Path] = (), licence: str | None = None
+) -> Path:
+    """
+    The card anew, from what the folder holds and more.
+
+    Args:
+        repo_id: on the Hub, for the snippets and the title; None keeps what was there.
+        results: files of `gcl evaluate` to show, copied to `benchmarks/`, where another of the same benchmark is
+            replaced.
+        licence: of the weights, as the Hub spells it.
+
+    Raises:
+        ValueError: the folder has no facts, its card was changed by hand, or results are not of this model (see
+            `publishing.benchmarks.read_benchmark`). Nothing has changed then.
+    """
+    facts = read_facts(folder)
+    if (folder / "README.md").is_file() and is_edited(folder):
+        raise ValueError(f"{folder / 'README.md'} was changed by hand: move it away to have it written anew")
+    if repo_id is not None:
+        check_hub_id(repo_id)
+        facts = replace(facts, model_name=repo_id, on_hub=True, title=repo_id.split("/")[-1])
+    if licence is not None:
+        facts = replace(facts, licence=licence)
+    files = [*results, *sorted((folder / "benchmarks").glob("*.json"))]
+    if files:  # those that are there, too: the weights may have changed since
+        fingerprint = model_fingerprint(GCLModel.from_pretrained(folder), GCLProcessor.from_pretrained(folder))
+        runs = {}
+        for place, path in enumerate(files):
+            run = without_folders(read_benchmark(path, fingerprint))
+            name = benchmark_name(run)
+            if name in runs and place < len(results):
+                raise ValueError(f"{path} is a second result of {name}: a card shows one")
+            runs.setdefault(name, run)
+        facts = replace(facts, benchmarks=[runs[name] for name in sorted(runs)])
+        card_files(facts)  # refuses before anything is written
+        (folder / "benchmarks").mkdir(exist_ok=True)
+        for name, run in runs.items():
+            write_text(folder / "benchmarks" / f"{name}.json", json_text(run, f"{name}.json"))
+    return write_card(folder, facts)
+
+
+def files_for(folder: Path, repo_id: str, base_id: str | None = None) -> dict[str, str]:
+    """Path → text of what is pushed instead of what the folder holds: the card that loads `repo_id`, and the files that
+    name absolute paths of recipe or command, with the last part of each alone. A card that was changed by hand is kept,
+    with the id in the place of the old name; a folder without facts is pushed as it is. `base_id`: where its adapter's
+    base is on the Hub."""
+    if not (folder / "card.json").is_file():
+        return {}
+    facts = read_facts(folder)
+    on_hub = {"model_name": repo_id, "on_hub": True, "title": repo_id.split("/")[-1]}
+    files = card_files(replace(facts, **on_hub, adapter_base=base_id or facts.adapter_base))
+    if is_edited(folder):
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        files["README.md"] = text.replace(f'"{facts.model_name}"', f'"{repo_id}"')
+    kept = [name for name in ("config.json", "recipe.yaml", "results.json") if (folder / name).is_file()]
+    texts = {name: (folder / name).read_text(encoding="utf-8") for name in kept} | files
+    paths = absolute_paths([facts.recipe, shlex.split(facts.command or "")])
+    shown = {name: without_paths(text, paths) for name, text in texts.items()}
+    return {name: text for name, text in shown.items() if name in files or text != texts[name]}
+
+
+def local_name(folder: str | Path) -> str:
+    """A folder as snippets name it: with a slash, so that it is no bare name to mteb."""
+    name = Path(folder).as_posix()
+    return name if "/" in name else f"./{name}"
+
+
+def base_model_ids(encoder: str) -> list[str]:
+    """Hub ids of what a model was made from: the encoder itself, or of a local folder those that its card names."""
+    if not Path(encoder).exists():
+        return [encoder]
+    return read_facts(Path(encoder)).base_model_ids if (Path(encoder) / "card.json").is_file() else []
+
+
+def copy_picture(folder: Path, name: str, picture: Path) -> str:
+    """Copies a picture to `pictures/` unless it is there; returns its path relative to the folder."""
+    if not picture.is_file():
+        raise FileNotFoundError(f"pictures[{name!r}]: {picture} is absent.")
+    target = folder / "pictures" / f"{name}{picture.suffix}"
+    target.parent.mkdir(exist_ok=True)
+    if picture.resolve() != target.resolve():
+        partial = target.with_name(target.name + ".partial")
+        shutil.copyfile(picture, partial)
+        os.replace(partial, target)
+    return target.relative_to(folder).as_posix()
+
+
+def json_text(value, name: str) -> str:
+    try:
+        return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be written: {error}") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(partial, path)
+
+
+def _adapter_base(folder):
+    return adapter_base(folder / ADAPTER_FOLDER) if (folder / ADAPTER_FOLDER).is_dir() else None
+
+
+def _read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,1 @@
+"""Readers of data: captioned images and rows, from folders, tables and the Hub."""

@@ -1,0 +1,198 @@
+"""Sources that are tables with images inside: .parquet files and data sets of the Hub.
+
+Only the text columns pass through Python. The images stay memory-mapped, so a table may be larger than memory.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import pyarrow
+import pyarrow.compute
+import pyarrow.parquet
+
+from universal_gcl.sources.arguments import SourceArguments
+from universal_gcl.sources.checks import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    MISSING,
+    DataError,
+    SourceReport,
+    UniqueIds,
+    check_captions,
+    find_column,
+)
+from universal_gcl.sources.files import FEATURES, Listed, inside, missing_reason, pairs_from_list
+
+TEXT = (datasets.Value("string"), datasets.Value("large_string"))
+BYTES = (datasets.Value("binary"), datasets.Value("large_binary"))
+
+
+def read_parquet(path: Path) -> datasets.Dataset:
+    """A .parquet file as a data set.
+
+    Raises:
+        DataError: for a file that is cut off, not parquet or empty.
+    """
+    try:
+        if pyarrow.parquet.read_metadata(path).num_rows == 0:
+            raise DataError(f"{path} has no rows")
+        return datasets.Dataset.from_parquet(str(path))
+    except (pyarrow.ArrowInvalid, OSError, datasets.exceptions.DatasetGenerationError) as error:
+        raise DataError(f"{path}: not a readable parquet file ({error}); is it cut off?") from error
+
+
+def check_parts(files: Sequence[Path]) -> None:
+    """See that files named as the Hub names the parts of one table, `…-00000-of-00003.parquet`, are all there.
+
+    Raises:
+        DataError: some are missing.
+    """
+    total = re.search(r"-of-(\d+)$", files[0].stem) if files else None
+    if total and int(total[1]) != len(files):
+        raise DataError(
+            f"{files[0].parent} holds {len(files)} of the {int(total[1])} files such as {files[0].name}: fetch the rest"
+        )
+
+
+def read_hub(source: SourceArguments) -> tuple[datasets.Dataset, str | None]:
+    """A split of a data set of the Hub, and its commit where the download tells it.
+
+    Raises:
+        DataError: for an id, configuration, split or revision that can't be had.
+    """
+    try:
+        table = datasets.load_dataset(source.path, source.name, revision=source.revision, split=source.split)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{source.path}: no such file or folder here, and not to be had as a data set of the Hub "
+            f"(name {source.name}, split {source.split}, revision {source.revision}): {error}"
+        ) from error
+    addresses = " ".join(table.info.download_checksums or {})
+    commit = re.search(r"@([0-9a-f]{40})/", addresses)
+    return table, commit[1] if commit else source.revision
+
+
+def pairs_from_table(
+    table: datasets.Dataset,
+    place: str,
+    root: Path | None,
+    source: SourceArguments,
+    report: SourceReport,
+    max_broken_share: float,
+) -> datasets.Dataset:
+    """Find the columns, check them and bring the table into the form of pairs.
+
+    Args:
+        table: any columns; images as `datasets.Image`, bytes, {bytes, path} or paths.
+        place: what to call the table in errors.
+        root: folder that holds the files of images that are not in the table and that paths are relative to. None for
+            a Hub data set, whose files are in the caches of the Hub.
+
+    Raises:
+        DataError: as `sources.pairs.read_source` lists them.
+    """
+    if len(table) == 0:
+        raise DataError(f"{place} has no rows")
+    root = Path(os.path.abspath(root)) if root is not None else None
+    image_column = _image_column(table, place, source)
+    caption_column = find_column(place, table.column_names, source.caption_column, CAPTION_COLUMNS, "caption_column")
+    id_column = source.id_column or ("id" if "id" in table.column_names else None)
+    if id_column is not None:
+        find_column(place, table.column_names, id_column, (), "id_column")
+
+    if table.features[image_column] in TEXT:
+        if root is None:
+            raise DataError(f"{place}: {image_column} holds paths, not images; set image_root to their folder")
+        listed = zip(_values(table, id_column), _values(table, image_column), _values(table, caption_column))
+        rows = (Listed(f"{place}, row {number}", *values) for number, values in enumerate(listed))
+        return pairs_from_list(rows, root, source, report, max_broken_share)
+
+    if source.limit is not None and source.limit < len(table):
+        table = table.select(range(source.limit))
+    unique = UniqueIds()
+    ids = [
+        unique.add(value, f"{place}, row {number}")
+        for number, value in enumerate(_values(table, id_column) if id_column else range(len(table)))
+    ]
+    captions = [
+        check_captions(value, f"{place}, row {number}") for number, value in enumerate(_values(table, caption_column))
+    ]
+    pairs = table.select_columns([image_column]).rename_columns({image_column: "image"})
+    pairs = pairs.cast_column("image", FEATURES["image"])
+    stored = _stored(pairs)
+    files = {row: _file(path, f"{place}, row {row}", root) for row, path in enumerate(stored) if path is not True}
+    texts = datasets.Dataset.from_dict(
+        {"id": ids, "captions": captions},
+        features=datasets.Features({key: FEATURES[key] for key in ("id", "captions")}),
+    )
+    pairs = datasets.concatenate_datasets([pairs, texts], axis=1).select_columns(list(FEATURES))
+    for row, file in files.items():
+        if file is None or not os.path.isfile(file):
+            reason = MISSING if file is None else missing_reason(file, root)
+            report.skip(reason, f"row {row}" if file is None else f"row {row}, {file}")
+            files[row] = None
+    report.check_skipped(len(pairs), max_broken_share)
+    found = {row: file for row, file in files.items() if file is not None}
+    if files:
+        # the table's own rows stay memory-mapped; those with a checked file come behind it and are then put in place
+        checked = {
+            "id": [ids[row] for row in found],
+            "image": [{"bytes": None, "path": file} for file in found.values()],
+            "captions": [captions[row] for row in found],
+        }
+        places = {row: len(pairs) + number for number, row in enumerate(found)}
+        order = [places.get(row, row) for row in range(len(pairs)) if row not in files or row in found]
+        pairs = datasets.concatenate_datasets([pairs, datasets.Dataset.from_dict(checked, features=FEATURES)])
+        pairs = pairs.select(order)
+    report.pairs = len(pairs)
+    report.captions = sum(len(texts) for row, texts in enumerate(captions) if row not in files or row in found)
+    return pairs
+
+
+def _image_column(table: datasets.Dataset, place: str, source: SourceArguments) -> str:
+    """The image column: the one asked for, the only one of type Image, or the first known name."""
+    typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    asked = source.image_column or (typed[0] if len(typed) == 1 else None)
+    name = find_column(place, table.column_names, asked, IMAGE_COLUMNS, "image_column")
+    feature = table.features[name]
+    is_struct = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
+    if isinstance(feature, datasets.Image) or is_struct or feature in BYTES + TEXT:
+        return name
+    raise DataError(f"{place}: {name} is {feature}, not images, bytes or paths; set image_column to another column")
+
+
+def _values(table: datasets.Dataset, column: str | None) -> list:
+    """A column as a list, without touching the others; None for each row where there is no such column."""
+    return [None] * len(table) if column is None else table.select_columns([column]).to_dict()[column]
+
+
+def _stored(pairs: datasets.Dataset) -> list[bool | str | None]:
+    """For each row True where the table holds the image's bytes, else its path or None; reads no image."""
+    images = pairs.data.column("image")
+    sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(images, "bytes")).to_pylist()
+    paths = pyarrow.compute.struct_field(images, "path").to_pylist()
+    return [True if size else path for size, path in zip(sizes, paths)]
+
+
+def _file(path: str | None, place: str, root: Path | None) -> str | None:
+    """The file that an image without bytes names, None where it can't be told.
+
+    Raises:
+        DataError: for a path outside the root, or outside the caches where a Hub data set has no root.
+    """
+    if not path:
+        return None
+    if root is not None:
+        return inside(root, path, place)
+    if not os.path.isabs(path):
+        return None
+    config = datasets.config
+    caches = (config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH)
+    for cache in (*caches, huggingface_hub.constants.HF_HUB_CACHE):
+        if Path(os.path.normpath(path)).is_relative_to(os.path.abspath(cache)):
+            return os.path.normpath(path)
+    raise DataError(f"{place}: {path} lies outside the caches of the Hub; set image_root to the folder of the images")
