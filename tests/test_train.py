@@ -8,12 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
 from modeling_gcl import GCLModel, GCLProcessor
 from tests.support.backbones import random_image
 from tests.support.doors import run_outside
 from tests.support.hub_on_loopback import TOKEN
-from universal_gcl import train as joined
+from universal_gcl import train
 from universal_gcl.evaluation.pairs.measure import evaluate_pairs
 from universal_gcl.evaluation.run_record import ReadSource
 from universal_gcl.publishing.hub_folder import files_for
@@ -208,10 +207,10 @@ def test_a_push_that_fails_leaves_the_model_and_says_how_to_push_it(hub, tmp_pat
     def refuse(*_, **__):
         raise ConnectionError("org/tiny was not pushed")
 
-    monkeypatch.setattr(joined, "push_folder", refuse)
+    monkeypatch.setattr(train, "push_folder", refuse)
     arguments = GCLTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(SystemExit, match="org/tiny was not pushed.*gcl push out/model org/tiny"):
-        joined.push("out/model", "org/tiny", arguments)
+        train.push("out/model", "org/tiny", arguments)
 
 
 def test_lora_saves_adapter_and_merged_model(recipe, tmp_path, hub, monkeypatch):
