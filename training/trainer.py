@@ -132,7 +132,7 @@ class GCLTrainer(Trainer):
         micro_batches, self._micro_batches = self._micro_batches, []
         loss, (terms, logit_scale) = self.grad_cache.step(model, micro_batches)
         for name, term in terms.items():
-            self._terms[f"loss_{name}".replace("->", "→")].append(term / self._loss_divisor)
+            self._terms[f"loss_{name}"].append(term / self._loss_divisor)
         self._terms["logit_scale"].append(logit_scale / self._loss_divisor)
         self._num_steps += self.accelerator.sync_gradients
         pairs = sum(len(inputs["input_ids"]) for inputs, _ in micro_batches)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers import TrainingArguments
 
-from modeling_gcl.loss import DENOMINATORS, DIRECTIONS
+from modeling_gcl.loss import DENOMINATORS
+from modeling_gcl.modalities import CROSS_DIRECTIONS, parse_direction
 from universal_gcl.training.arguments import one_of, positive
 
 LOSSES = ("gcl", "cl", "alignclip")
@@ -47,8 +48,8 @@ class GCLTrainingArguments(TrainingArguments):
         intra_modality (`bool`, *optional*, defaults to `True`):
             Whether GCL's denominator holds the anchor's own modality.
         direction_weights (`dict[str, float]`, *optional*):
-            Weights of GCL's six terms by `anchor->target`: `i->t`, `t->i`, `i->it`, `it->i`, `t->it`, `it->t`. A
-            direction that is not named has weight 1, so null means equal weights (the paper).
+            Weights of GCL's six terms: `i→t`, `t→i`, `i→it`, `it→i`, `t→it`, `it→t` (anchor→target; `i->t` is
+            accepted too). A direction that is not named has weight 1, so null means equal weights (the paper).
         mask_equal_ids (`bool`, *optional*, defaults to `True`):
             Leave items with the anchor's pair id out of its negatives.
         mask_equal_captions (`bool`, *optional*, defaults to `True`):
@@ -244,11 +245,12 @@ class GCLTrainingArguments(TrainingArguments):
     def _check_direction_weights(self):
         if self.direction_weights is None:
             return
+        self.direction_weights = {parse_direction(name): weight for name, weight in self.direction_weights.items()}
         for direction, weight in self.direction_weights.items():
-            one_of("training.direction_weights", direction, DIRECTIONS)
+            one_of("training.direction_weights", direction, CROSS_DIRECTIONS)
             if not math.isfinite(weight) or weight < 0:
                 raise ValueError(f"training.direction_weights[{direction}] is {weight}: use a number of at least 0")
-        if all(self.direction_weights.get(direction, 1.0) == 0 for direction in DIRECTIONS):
+        if all(self.direction_weights.get(direction, 1.0) == 0 for direction in CROSS_DIRECTIONS):
             raise ValueError("training.direction_weights are all 0: there would be nothing to train")
 
     def _check_matryoshka(self):

@@ -23,7 +23,7 @@ SWITCHES = {
     "without_other_positive": ("gcl_loss", {"denominator": "without_other_positive"}),
     "target": ("gcl_loss", {"denominator": "target"}),
     "no_intra": ("gcl_loss", {"intra_modality": False}),
-    "weights": ("gcl_loss", {"direction_weights": {"i->t": 0.0, "t->i": 0.25, "it->t": 3.0}}),
+    "weights": ("gcl_loss", {"direction_weights": {"i→t": 0.0, "t→i": 0.25, "it→t": 3.0}}),
     "cl": ("contrastive_loss", {}),
     "alignclip": ("alignclip_loss", {"separation_weight": 0.7}),
     "alignclip_semantic": ("alignclip_loss", {"semantic_embeds": True}),

@@ -16,7 +16,7 @@ RUNS = {  # family of the model, settings of the training
     "gcl": ("clip", {"loss": "gcl"}),
     "gcl_weighted": (
         "clip",
-        {"denominator": "without_other_positive", "direction_weights": {"i->t": 2.0, "t->it": 0.5}},
+        {"denominator": "without_other_positive", "direction_weights": {"i→t": 2.0, "t→it": 0.5}},
     ),
     "cl": ("clip", {"loss": "cl"}),
     "alignclip": ("clip", {"loss": "alignclip"}),

@@ -17,7 +17,7 @@ from universal_gcl.training.lora import add_lora
 
 LOSSES = {
     "gcl": {"loss": "gcl"},
-    "gcl_weighted": {"denominator": "without_other_positive", "direction_weights": {"i->t": 2.0, "t->it": 0.5}},
+    "gcl_weighted": {"denominator": "without_other_positive", "direction_weights": {"i→t": 2.0, "t→it": 0.5}},
     "matryoshka": {"matryoshka_dims": [8, 3], "matryoshka_weights": [0.5, 2.0]},
     "cl": {"loss": "cl"},
     "alignclip": {"loss": "alignclip"},

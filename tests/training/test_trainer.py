@@ -24,7 +24,7 @@ def batch_of(trainer):
     "settings",
     [
         {"loss": "gcl"},
-        {"loss": "gcl", "denominator": "without_other_positive", "direction_weights": {"i->it": 0.25}},
+        {"loss": "gcl", "denominator": "without_other_positive", "direction_weights": {"i→it": 0.25}},
         {"loss": "gcl", "intra_modality": False},
         {"loss": "gcl", "matryoshka_dims": [12, 6], "matryoshka_weights": [1.0, 0.5]},
         {"loss": "cl"},
