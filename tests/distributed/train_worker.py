@@ -10,7 +10,8 @@ import torch
 
 from tests.support.backbones import tiny_model
 from tests.support.training_runs import make_pairs, make_trainer
-from universal_gcl.training.distributed import RowShardedEncoder, world_size
+from universal_gcl.retrieval.processes import world_size
+from universal_gcl.training.distributed import RowShardedEncoder
 
 RUNS = {  # family of the model, settings of the training
     "gcl": ("clip", {"loss": "gcl"}),
