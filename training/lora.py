@@ -94,8 +94,8 @@ def _targets(model: Any, modality: str, regex: str | None) -> list[str]:
             continue
         if id(module) in unused:
             raise ValueError(
-                f"peft.{modality}_targets: {regex!r} matches {name}, which is inside PyTorch's MultiheadAttention. That "
-                "reads the layer's weight and would never call an adapter: leave the layer out"
+                f"peft.{modality}_targets: {regex!r} matches {name}, which is inside PyTorch's MultiheadAttention. "
+                "That reads the layer's weight and would never call an adapter: leave the layer out"
             )
         if getattr(module, "groups", 1) > 1:
             raise ValueError(f"peft.{modality}_targets: {regex!r} matches {name}, a grouped convolution: leave it out")
@@ -103,8 +103,8 @@ def _targets(model: Any, modality: str, regex: str | None) -> list[str]:
     if regex is not None and not found:
         what = "only frozen layers" if frozen else "no linear layer or convolution"
         raise ValueError(
-            f"peft.{modality}_targets: {regex!r} matches {what} of the {modality} tower, whose layers are "
-            f"{_examples(model, members)}, .... To leave that tower unchanged: model.freeze: [{modality}], and no targets"
+            f"peft.{modality}_targets: {regex!r} matches {what} of the {modality} tower, whose layers are named "
+            f"like {_examples(model, members)}. To leave it unchanged: model.freeze: [{modality}], and no targets"
         )
     return found
 

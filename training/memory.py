@@ -165,8 +165,8 @@ def fixed_memory(
     model: torch.nn.Module, device: torch.device, pair: PairMemory, local_pairs: int, all_pairs: int
 ) -> float:
     """Bytes that a GradCache step takes with any chunk size: weights, gradients, AdamW's state and
-    DistributedDataParallel's buckets as far as they aren't allocated yet, the batch, its embeddings and the loss's copies
-    of them."""
+    DistributedDataParallel's buckets as far as they aren't allocated yet, the batch, its embeddings, and the loss's
+    copies of them."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     absent = sum(p.numel() * p.element_size() for p in model.parameters() if p.device.type != device.type)
     buckets = trained if all_pairs > local_pairs else 0

@@ -1,7 +1,7 @@
 """Refuses kinds of parallelism that don't work here, before training starts.
 
-Every rank must hold the same number of pairs, each pair on one rank only, and gradients must be averaged over the ranks.
-DistributedDataParallel, FSDP2 and DeepSpeed ZeRO-1 do so.
+Every rank must hold the same number of pairs, no pair may be on two ranks, and gradients must be averaged over the
+ranks, as DistributedDataParallel, FSDP2 and DeepSpeed ZeRO-1 do.
 """
 
 import os
@@ -124,7 +124,7 @@ def _check_deepspeed(plugin: Any) -> None:
 
 
 def _check_batches(arguments: GCLTrainingArguments) -> None:
-    config = arguments.accelerator_config
+    config: Any = arguments.accelerator_config
     if config.split_batches:
         raise ValueError(
             "training.accelerator_config.split_batches must be false: per_device_train_batch_size counts the pairs of "

@@ -76,8 +76,8 @@ def tell_optimizer(parameter: nn.Parameter) -> None:
 
 @contextmanager
 def whole_parameters(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """A context in which every rank holds all parameters of an FSDP2 model, so that forward passes don't communicate and
-    ranks can do different numbers of them. Every rank must enter it. Other models stay unchanged."""
+    """A context in which every rank holds all parameters of an FSDP2 model, so that forward passes don't communicate,
+    and ranks can do different numbers of them. Every rank must enter it. Other models stay unchanged."""
     units: list[Any] = [module for module in model.modules() if _is_sharded(module)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
