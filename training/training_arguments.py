@@ -150,7 +150,7 @@ class GCLTrainingArguments(LossSettings, TrainingArguments):
     effective_batch_size: int | None = None
     half_ring: bool = False
     eval_seed: int = 0
-    resume_from_checkpoint: bool | str | None = None
+    resume_from_checkpoint: bool | str | None = None  # type: ignore[assignment]  # true is the last one
     per_device_train_batch_size: int = 64
     gradient_accumulation_steps: int = 1
     ddp_find_unused_parameters: bool | None = False
@@ -166,13 +166,13 @@ class GCLTrainingArguments(LossSettings, TrainingArguments):
     report_to: None | str | list[str] = "none"
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
-    dataloader_num_workers: int | None = None
+    dataloader_num_workers: int | None = None  # type: ignore[assignment]  # None until it is chosen
     dataloader_persistent_workers: bool = True
     dataloader_pin_memory: bool = True
     dataloader_drop_last: bool = True
     eval_on_start: bool = True
     remove_unused_columns: bool = False
-    push_to_hub: str | None = None
+    push_to_hub: str | None = None  # type: ignore[assignment]  # ours names the repository
 
     def __post_init__(self) -> None:
         one_of("training.loss", self.loss, tuple(LOSSES))
