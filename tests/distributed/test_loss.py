@@ -1,29 +1,19 @@
 """The losses of a batch shared by two and three processes; see `loss_worker.py` for what they are held against."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from modeling_gcl import gcl_loss
-from universal_gcl.training.distributed import Processes
+from tests.support.launches import ROOT, launch
+from universal_gcl.training.distributed import BatchProcesses
 
-ROOT = Path(__file__).parents[2]
+WORKER = ROOT / "tests" / "distributed" / "loss_worker.py"
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_shared_batch_equals_the_whole_on_one_process(processes, tmp_path):
     """Every loss and switch; even, ragged and single-pair shares; gathered and in a half ring; float32 and float64."""
-    run = subprocess.run(
-        [sys.executable, "-W", "error::FutureWarning", "-m", "torch.distributed.run", "--standalone",
-         f"--nproc_per_node={processes}", str(ROOT / "tests" / "distributed" / "loss_worker.py"), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
+    launch(WORKER, tmp_path, processes=processes, options=["-W", "error::FutureWarning"])
     counts = [int((tmp_path / f"rank_{rank}").read_text()) for rank in range(processes)]
     assert len(set(counts)) == 1 and counts[0] > 300
 
@@ -31,6 +21,7 @@ def test_a_shared_batch_equals_the_whole_on_one_process(processes, tmp_path):
 def test_alone_a_process_has_the_whole_batch():
     embeds = [torch.nn.functional.normalize(torch.randn(5, 4), dim=-1) for _ in range(3)]
     for half_ring in (False, True):
-        assert torch.equal(gcl_loss(*embeds, 20.0, processes=Processes(half_ring=half_ring)), gcl_loss(*embeds, 20.0))
+        shared = gcl_loss(*embeds, 20.0, processes=BatchProcesses(half_ring=half_ring))
+        assert torch.equal(shared, gcl_loss(*embeds, 20.0))
     with pytest.raises(ValueError, match="^the batch is empty"):
-        gcl_loss(*(x[:0] for x in embeds), 20.0, processes=Processes())
+        gcl_loss(*(x[:0] for x in embeds), 20.0, processes=BatchProcesses())
