@@ -1,7 +1,7 @@
 """One training run: what is printed at its start, evaluation before and after, training, and the record of it all."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, cast
 
 from modeling_gcl import GCLModel, GCLProcessor
@@ -15,9 +15,8 @@ from universal_gcl.training.memory import peak_memory
 from universal_gcl.training.recipe import Recipe
 from universal_gcl.training.trainer import GCLTrainer
 
-HYPERPARAMETERS = (  # those with a row in the card's table
-    "loss", "denominator", "intra_modality", "direction_weights", "matryoshka_dims", "matryoshka_weights",
-    "num_train_epochs", "per_device_train_batch_size",
+HYPERPARAMETERS = (  # those with a row in the card's table, after the loss and its settings
+    "matryoshka_dims", "matryoshka_weights", "num_train_epochs", "per_device_train_batch_size",
     "world_size", "gradient_accumulation_steps", "grad_cache_chunk", "effective_batch_size",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16",
 )  # fmt: skip
@@ -134,6 +133,8 @@ class TrainingRun:
             size=model_size(self.model, self.processor),
             matryoshka_dims=config.matryoshka_dims or [],
             loss=arguments.loss,
+            loss_description=getattr(self.trainer.loss, "description", ""),
+            loss_citation=getattr(self.trainer.loss, "citation", ""),
             train_data=self.train_data,
             eval_data=self.eval_data,
             languages=recipe.data.languages,
@@ -155,7 +156,8 @@ class TrainingRun:
 
 def hyperparameters(recipe: Recipe) -> dict[str, Any]:
     """Name → value of the hyper-parameters that are set; LoRA's carry the name of their section."""
-    settings = {name: getattr(recipe.training, name) for name in HYPERPARAMETERS}
+    own = [entry.name for entry in fields(recipe.training.make_loss())]
+    settings = {name: getattr(recipe.training, name) for name in ("loss", *own, *HYPERPARAMETERS)}
     if recipe.peft is not None:
         settings |= {f"peft.{name}": value for name, value in asdict(recipe.peft).items()}
     # an enumeration of transformers is written as its value

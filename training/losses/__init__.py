@@ -16,7 +16,7 @@ from universal_gcl.training.losses.loss import Loss
 LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in (GCL, CL, AlignCLIP)}
 
 # The settings of all losses as one dataclass: GCLTrainingArguments inherits them as its fields. Its docstring holds the
-# descriptions of these fields, which `train.py --help` prints.
+# descriptions of these fields, which `gcl train --help` prints.
 LossSettings: Any = dataclasses.make_dataclass(
     "LossSettings",
     [(entry.name, entry.type, entry) for loss in LOSSES.values() for entry in dataclasses.fields(loss)],
