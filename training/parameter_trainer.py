@@ -30,7 +30,7 @@ class ParameterTrainer(Trainer):
         Raises:
             ValueError: an optimizer was given that doesn't have them.
         """
-        super().create_optimizer(self.loss_parameters.beside(self.model if model is None else model))
+        super().create_optimizer(self.loss_parameters.with_model(self.model if model is None else model))
         self.loss_parameters.check_optimizer(self.optimizer)
         return self.optimizer
 
@@ -39,10 +39,10 @@ class ParameterTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if "logit_scale" not in name]
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return super()._clip_grad_norm(self.loss_parameters.beside(model))
+        return super()._clip_grad_norm(self.loss_parameters.with_model(model))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return super()._get_grad_norm(self.loss_parameters.beside(model), grad_norm=grad_norm)
+        return super()._get_grad_norm(self.loss_parameters.with_model(model), grad_norm=grad_norm)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The same as Trainer's, with the loss's parameters. An adapter is read back, because peft may leave out what

@@ -34,15 +34,12 @@ AT_LEAST = {
 class GCLTrainingArguments(LossSettings, TrainingArguments):
     """`transformers.TrainingArguments` with the loss, and with defaults that suit contrastive training.
 
-    Only new fields and fields with another default are listed. The settings of each loss are listed with that loss, in
-    `training.losses`.
+    Only new fields and fields with another default are listed. `loss` and the settings of each loss are inherited from
+    `training.losses.LossSettings`.
 
     Args:
-        > Loss
+        > Negatives and dimensions
 
-        loss (`str`, *optional*, defaults to `"gcl"`):
-            `"gcl"` (arXiv 2509.25638), `"cl"` (symmetric image-text InfoNCE) or `"alignclip"` (CL with intra-modality
-            separation, arXiv 2406.17639).
         mask_equal_ids (`bool`, *optional*, defaults to `True`):
             Don't use items with the anchor's pair id as negatives.
         mask_equal_captions (`bool`, *optional*, defaults to `True`):
@@ -141,7 +138,6 @@ class GCLTrainingArguments(LossSettings, TrainingArguments):
         ValueError: naming the field, its value and what is allowed.
     """
 
-    loss: str = "gcl"
     mask_equal_ids: bool = True
     mask_equal_captions: bool = True
     matryoshka_dims: list[int] | None = None

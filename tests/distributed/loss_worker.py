@@ -147,6 +147,18 @@ def check_errors():
     return count
 
 
+def check_gather(sizes):
+    """The rows of all, and for a process's own rows the gradients of all processes' losses, which differ."""
+    (rows, weights, _), *_ = batch(sizes, torch.float64)
+    rank, world = dist.get_rank(), world_size()
+    own = rows.split(sizes)[rank].clone().requires_grad_()
+    gathered = BatchProcesses().gather(own)
+    ((rank + 1) * gathered * weights).sum().backward()
+    assert torch.equal(gathered, rows)
+    torch.testing.assert_close(own.grad, world * (world + 1) / 2 * weights.split(sizes)[rank])
+    return 1
+
+
 def main(folder):
     dist.init_process_group("gloo")
     assert world_size() == int(os.environ["WORLD_SIZE"]) > 1
@@ -177,6 +189,7 @@ def main(folder):
             count += check("gcl", layouts["ragged"], torch.float64, half_ring, ("ids",), cache_bytes=cache_bytes)
             count += check("alignclip", layouts["even"], torch.float64, half_ring, (), cache_bytes=cache_bytes)
         count += check("gcl", layouts["even"], torch.float32, half_ring, (), bf16=True, tolerance=1e-2)
+    count += sum(check_gather(sizes) for sizes in layouts.values())
     count += check_errors()
     tiles.TILE["cpu"] = 32
     count += check_flops()
