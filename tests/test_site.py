@@ -63,7 +63,7 @@ def test_pages_and_what_they_link_to(root):
     assert 'href="docs/method.html#the-loss"' in start and 'href="https://example.com/x"' in start
     assert 'id="twice"' in start and 'id="twice-1"' in start and "<title>A project</title>" in start
     assert 'href="../code/loss.py.html#L1"' in method and 'id="L2"' in pages["code/loss.py.html"]
-    assert '<a href="../docs/method.html" aria-current="page">Method</a>' in method  # a page that is not named
+    assert '<a href="method.html" aria-current="page">Method</a>' in method  # a page that is not named
     assert len(re.findall("<math", method)) == 3 and "<code>$</code>" in method and "$`" not in method
     assert "<table>" in method and '<div class="code">' in method
 

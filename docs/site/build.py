@@ -329,7 +329,7 @@ def build_reference(out: Path) -> None:
 
 
 def without_inherited(html: str) -> str:
-    """A page of pdoc without its links to members that a class inherits from other packages, which pdoc doesn't show."""
+    """A page of pdoc without links to members that a class inherits from other packages, which pdoc doesn't show."""
     anchors = set(re.findall(r' id="([^"]+)"', html))
 
     def unlinked(match):
