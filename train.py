@@ -1,12 +1,21 @@
-"""Fine-tune a dual encoder with GCL:  accelerate launch train.py RECIPE.yaml [--key value ...]
+"""Train from a clone, on one or several processes:  accelerate launch train.py RECIPE [--key value ...]
 
-`python train.py --help` lists every key.
+`gcl train` does the same on one process. `gcl train --help` lists every key.
 """
 
 import sys
 
 from universal_gcl.failures import failing_together
-from universal_gcl.train import main
+from universal_gcl.quiet import quiet_imports
+
+
+def main(argv: list[str]) -> None:
+    """As `universal_gcl.train.main`."""
+    quiet_imports()
+    from universal_gcl.train import main as train
+
+    train(argv)
+
 
 if __name__ == "__main__":
     with failing_together():

@@ -9,6 +9,7 @@ Everything random depends on (seed, epoch, index) alone: the same items come wha
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from universal_gcl.training.augmentation import augment
 from universal_gcl.training.decoding import decode_rgb
 from universal_gcl.training.mixing import draws_per_epoch, epoch_plan, mixing_shares
 from universal_gcl.training.preprocessing import TensorPreprocessing
+from universal_gcl.training.shipped import find_data
 
 MAX_BROKEN_IN_A_ROW = 100
 
@@ -151,7 +153,11 @@ def build_dataset(
     Raises:
         DataError: as `sources.pairs.read_source` lists them.
     """
-    read = [read_source(source, max_broken_share=data.max_broken_share) for source in data.train]
+    read = []
+    for source in data.train:
+        found = replace(source, path=find_data(source.path))
+        pairs, report = read_source(found, max_broken_share=data.max_broken_share)
+        read.append((pairs, replace(report, path=source.path)))
     weights = [source.weight for source in data.train]
     dataset = PairDataset(
         [pairs for pairs, _ in read],

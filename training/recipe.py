@@ -28,10 +28,11 @@ from universal_gcl.training.recipe_values import (
     read_yaml,
     write_yaml,
 )
+from universal_gcl.training.shipped import find_recipe
 from universal_gcl.training.training_arguments import GCLTrainingArguments
 
 SECTIONS = {"model": ModelArguments, "data": DataArguments, "training": GCLTrainingArguments, "peft": LoraArguments}
-USAGE = "usage: train.py RECIPE.yaml [--key value ...]   (--help lists the keys)"
+USAGE = "usage: gcl train RECIPE [--key value ...]   (--help lists the keys)"
 
 
 @dataclass
@@ -72,7 +73,10 @@ def parse_recipe(argv: list[str]) -> Recipe:
         raise SystemExit(0)
     if not argv or argv[0].startswith("-"):
         raise RecipeError(f"no recipe given\n{USAGE}")
-    path = argv[0]
+    try:
+        path = str(find_recipe(argv[0]))
+    except FileNotFoundError as error:
+        raise RecipeError(str(error)) from error
     settings = _read_recipe(path)
     for key, value in _options(argv[1:]):
         _override(settings, key, value)
@@ -81,8 +85,6 @@ def parse_recipe(argv: list[str]) -> Recipe:
 
 def _read_recipe(path: str) -> dict:
     """The settings of a YAML file, checked and converted."""
-    if not Path(path).is_file():
-        raise RecipeError(f"{path}: no such recipe (working directory: {Path.cwd()})")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field, fields
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-LOSSES = {
+# of losses that were trained with before cards held a description
+KNOWN_LOSSES = {
     "gcl": "Generalized Contrastive Learning (GCL, [arXiv 2509.25638](https://arxiv.org/abs/2509.25638))",
     "cl": "the symmetric image-text contrastive loss of CLIP (CL, a baseline of GCL)",
     "alignclip": "intra-modality separation (AlignCLIP, [arXiv 2406.17639](https://arxiv.org/abs/2406.17639), a "
@@ -68,7 +69,9 @@ class CardFacts:
 
         conversion: what was done, in a sentence or two, where no training was. All that follows but `benchmarks` is of
             a training, and has no value here.
-        loss: "gcl", "cl" or "alignclip".
+        loss: name of the loss, as in the recipe.
+        loss_description: the loss in a few words, for the first paragraph. "": that of `KNOWN_LOSSES`.
+        loss_citation: BibTeX entry of the loss, shown after GCL's; "" without one.
         recipe: the recipe as run, overrides included (`model`, `data`, `training`).
         training_arguments: name → value of the hyper-parameters worth a table (learning rate, batch size, ...).
         data: training sources; dicts with `DataSource`'s fields are accepted.
@@ -97,6 +100,8 @@ class CardFacts:
     pictures: dict[str, str] = field(default_factory=dict)
     conversion: str = ""
     loss: str | None = None
+    loss_description: str = ""
+    loss_citation: str = ""
     recipe: dict | None = None
     training_arguments: dict | None = None
     data: list = field(default_factory=list)
@@ -113,6 +118,7 @@ class CardFacts:
         self.data = [DataSource(**source) if isinstance(source, dict) else source for source in self.data or []]
         if isinstance(self.eval_data, dict):
             self.eval_data = DataSource(**self.eval_data)
+        self.loss_description = self.loss_description or KNOWN_LOSSES.get(self.loss or "", "")
 
 
 def check_facts(facts: CardFacts) -> None:
@@ -125,8 +131,11 @@ def check_facts(facts: CardFacts) -> None:
         for each in fields(facts):
             if each.name in _OF_TRAINING[1:] and getattr(facts, each.name) not in (None, []):
                 raise ValueError(f"CardFacts.{each.name} is of a training, but the facts are of a conversion")
-    elif facts.loss not in LOSSES:
-        raise ValueError(f"CardFacts.loss is {facts.loss!r}: the model card knows {', '.join(LOSSES)}")
+    elif not facts.loss_description:
+        raise ValueError(
+            f"the model card needs CardFacts.loss_description: it has none of its own for the loss {facts.loss!r}, only "
+            f"for {', '.join(KNOWN_LOSSES)}"
+        )
     for key in ("n_parameters", "n_embedding_parameters", "memory_usage_mb", "max_tokens", "embed_dim"):
         if key not in facts.size:
             raise ValueError(f"the model card needs CardFacts.size[{key!r}]: see model_size()")

@@ -15,7 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from universal_gcl.evaluation.pairs.measure import HEADLINE
 from universal_gcl.evaluation.pairs.report import nine_way_markdown
 from universal_gcl.publishing.benchmarks import benchmark_markdown, benchmark_title, model_index, slug
-from universal_gcl.publishing.card_facts import LOSSES, CardFacts, check_facts
+from universal_gcl.publishing.card_facts import CardFacts, check_facts
 from universal_gcl.publishing.mteb_meta import mteb_fields
 
 TEMPLATE = resources.files("universal_gcl.hub_configs") / "model_card_template.md"
@@ -107,7 +107,6 @@ def render(facts: CardFacts) -> str:
     pictures = [name for name in dict.fromkeys((*PICTURES, *facts.pictures)) if name in facts.pictures]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         facts=facts,
-        loss=LOSSES.get(facts.loss),
         recipe_yaml=yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True).strip(),
         pictures=[(PICTURES.get(name, name.replace("_", " ")), facts.pictures[name]) for name in pictures],
         total_pairs=sum(source.pairs for source in facts.data),
