@@ -47,13 +47,13 @@ ONLY_PARSED = {
     "gcl card outputs/my_model": "results of a benchmark; tests/publishing/test_card_benchmarks.py",
     "gcl push": "needs a Hub; tests/publishing/test_push.py",
     "accelerate launch": "a training takes seconds: those of TRAINED run, the recipes and options of others are parsed",
+    "gcl train": "likewise",
 }
 # commands that train, by page
 TRAINED = {
     "docs/fine-tune.md": (
-        "accelerate launch train.py hub_configs/finetune.yaml --train my_photos --eval my_other_photos",
-        "accelerate launch train.py hub_configs/finetune.yaml --train my_photos --peft.r 16 --learning_rate 1e-3 "
-        "--output_dir outputs/lora",
+        "gcl train finetune --train my_photos --eval my_other_photos",
+        "gcl train finetune --train my_photos --peft.r 16 --learning_rate 1e-3 --output_dir outputs/lora",
     )
 }
 # programs that are not ours, and why they don't run here
@@ -172,14 +172,18 @@ class Page:
             words = words[: words.index("…")]
         launched = launch_command_parser().parse_args(words[2:])
         assert launched.config_file is None or (ROOT / launched.config_file).is_file()
-        script = Path(launched.training_script).name
-        if launched.training_script_args or script == "gcl":
-            self.ours([script, *launched.training_script_args], trains=" ".join(words) in TRAINED.get(self.name, ()))
+        program = Path(launched.training_script).name
+        if launched.module:
+            program = {"universal_gcl": "gcl", "universal_gcl.train": "train.py"}[launched.training_script]
+        if launched.training_script_args or program == "gcl":
+            self.ours([program, *launched.training_script_args])
 
-    def ours(self, words, trains=False):
+    def ours(self, words):
         program, *arguments = words
+        if words[:2] == ["gcl", "train"]:
+            program, arguments = "train.py", words[2:]
         if program == "train.py":
-            if trains:
+            if " ".join(words) in TRAINED.get(self.name, ()):
                 return train.main(arguments)
             return parse_recipe([*arguments, "--use_cpu", "--bf16", "false"])
         check_options(arguments)
