@@ -31,8 +31,9 @@ from benchmarks.protocol import (
 )
 from benchmarks.scaling import loss_flops
 from modeling_gcl import GCLModel, gcl_loss
+from universal_gcl.retrieval.processes import world_size
 from universal_gcl.training.arguments import LoraArguments
-from universal_gcl.training.distributed import Processes, world_size
+from universal_gcl.training.distributed import BatchProcesses
 from universal_gcl.training.freezing import freeze_parts
 from universal_gcl.training.lora import add_lora
 from universal_gcl.training.trainer import GCLTrainer
@@ -154,7 +155,7 @@ def gate_step(tower, batch, chunk):
 
 
 def shared_loss(embeds, half_ring):
-    gcl_loss(*embeds, SCALE, processes=Processes(half_ring=half_ring)).backward()
+    gcl_loss(*embeds, SCALE, processes=BatchProcesses(half_ring=half_ring)).backward()
 
 
 def own_rows(num_pairs, dim):

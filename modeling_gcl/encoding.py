@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers.utils import logging
 
+from .modalities import FEATURES
 from .rows import ImageError, load_images, parse_row
 from .video import VideoError
 
 TEXTS_AT_ONCE = 10_000  # tokenised only to be counted: some 4 kB each
-MODALITY_OF_KIND = {"i": "image", "t": "text", "it": "fused"}
 
 
 @torch.inference_mode()
@@ -108,6 +108,6 @@ def _embed(model, processor, rows, images):
     images = images if "i" in kind else None
     texts = [row.text for row in rows] if "t" in kind else None
     inputs = processor(images=images, text=texts, return_tensors="pt").to(model.device)
-    modality = MODALITY_OF_KIND[kind]
+    modality = FEATURES[kind]
     output = model(**inputs, modalities=(modality,), return_loss=False, return_dict=True)
     return output[f"{modality}_embeds"].float().cpu()

@@ -15,9 +15,8 @@ import torch
 
 from .logsumexp import OneProcess, block_logsumexp, working_dtypes
 from .matryoshka import SMALLEST_NORM, cuts_and_shares
+from .modalities import CROSS_DIRECTIONS, FEATURES, MODALITIES, parse_direction
 
-MODALITIES = {"i": "image_embeds", "t": "text_embeds", "it": "fused_embeds"}
-DIRECTIONS = ("i->t", "t->i", "i->it", "it->i", "t->it", "it->t")
 DENOMINATORS = ("all", "without_other_positive", "target")
 NORM_TOLERANCE = 0.01  # accepts unit rows rounded to bfloat16, also once they are cast up again (0.4 % at most)
 
@@ -62,7 +61,7 @@ def gcl_loss(
             anchor's third view (k=j, m∉{a,b}). `"target"`: only the target's modality (UNITE's masked variant).
         intra_modality (`bool`): whether embeddings of the anchor's own modality are negatives (the paper: yes).
             Without effect for `denominator="target"`.
-        direction_weights (`dict[str, float]`, *optional*): weight of each of the six directions `"i->t"`, ...; those
+        direction_weights (`dict[str, float]`, *optional*): weight of each of the six directions `"i→t"`, ...; those
             not named weigh 1. The loss is the weighted mean of the terms.
         matryoshka_dims (sequence of `int`, *optional*): the loss is the weighted mean of the losses of the embeddings
             cut to their first d entries and normalised again, for each d of these and for D, which is added where it is
@@ -108,7 +107,7 @@ def gcl_loss(
         settings={"denominator": denominator, "intra_modality": intra_modality, "direction_weights": weights},
     )  # fmt: skip
     batch.contrast(own=intra_modality and denominator != "target", bf16=bf16, cache_bytes=cache_bytes)
-    terms = {d: batch.direction_term(d, denominator, intra_modality) for d in DIRECTIONS}
+    terms = {d: batch.direction_term(d, denominator, intra_modality) for d in CROSS_DIRECTIONS}
     losses = sum(weights[d] * term for d, term in terms.items() if weights[d]) / sum(weights.values())
     return batch.mean_over_cuts(losses, terms, return_terms)
 
@@ -137,7 +136,7 @@ def contrastive_loss(
         matryoshka=(matryoshka_dims, matryoshka_weights),
     )  # fmt: skip
     batch.contrast(own=False, bf16=bf16, cache_bytes=cache_bytes)
-    terms = {d: batch.direction_term(d, "target", False) for d in ("i->t", "t->i")}
+    terms = {d: batch.direction_term(d, "target", False) for d in ("i→t", "t→i")}
     return batch.mean_over_cuts(sum(terms.values()) / 2, terms, return_terms)
 
 
@@ -181,9 +180,9 @@ def alignclip_loss(
         settings={"separation_weight": separation_weight},
     )  # fmt: skip
     batch.contrast(own=True, bf16=bf16, cache_bytes=cache_bytes)
-    terms = {d: batch.direction_term(d, "target", False) for d in ("i->t", "t->i")}
+    terms = {d: batch.direction_term(d, "target", False) for d in ("i→t", "t→i")}
     separation = {f"separation_{name}": batch.separation_term(name) for name in ("i", "t")}
-    losses = (terms["i->t"] + terms["t->i"] + separation_weight * sum(separation.values())) / 2
+    losses = (terms["i→t"] + terms["t→i"] + separation_weight * sum(separation.values())) / 2
     return batch.mean_over_cuts(losses, terms | separation, return_terms)
 
 
@@ -195,11 +194,11 @@ class _Batch:
         self, embeds, logit_scale, ids, caption_ids, processes=None, semantic=None, settings=None,
         matryoshka=(None, None),
     ):  # fmt: skip
-        self.modalities = list(MODALITIES)[: len(embeds)]
+        self.modalities = MODALITIES[: len(embeds)]
         self.labels = {name: x for name, x in (("ids", ids), ("caption_ids", caption_ids)) if x is not None}
         self.processes, self.semantic, error = processes or OneProcess(), semantic, None
         try:
-            self._take(dict(zip(MODALITIES.values(), embeds)), logit_scale, *matryoshka)
+            self._take({f"{FEATURES[m]}_embeds": x for m, x in zip(MODALITIES, embeds)}, logit_scale, *matryoshka)
         except (ValueError, TypeError) as found:  # told to the other processes, which would wait for this one otherwise
             error = found
         shared = None if error else self._shared(settings or {}, embeds)
@@ -261,7 +260,7 @@ class _Batch:
 
     def direction_term(self, direction, denominator, intra_modality):
         """Mean over the pairs of -log p. The diagonal (self, positive, other positive) enters as the switches say."""
-        anchor, target = direction.split("->")
+        anchor, target = direction.split("→")
         candidates = [target] if denominator == "target" else self.modalities
         others = [m for m in self.modalities if m != anchor] if denominator == "all" else [target]
         parts = [self.negative(anchor, m) for m in candidates if m != anchor or intra_modality]
@@ -303,11 +302,11 @@ def _unit_semantic(semantic, like):
 
 def _checked_weights(weights):
     """Weight of each direction; 1 for those not named."""
-    weights = weights or {}
-    unknown = set(weights) - set(DIRECTIONS)
+    weights = {parse_direction(name): weight for name, weight in (weights or {}).items()}
+    unknown = set(weights) - set(CROSS_DIRECTIONS)
     if unknown:
-        raise ValueError(f"direction_weights names {sorted(unknown)}; the directions are {list(DIRECTIONS)}")
-    weights = {direction: float(weights.get(direction, 1.0)) for direction in DIRECTIONS}
+        raise ValueError(f"direction_weights names {sorted(unknown)}; the directions are {list(CROSS_DIRECTIONS)}")
+    weights = {direction: float(weights.get(direction, 1.0)) for direction in CROSS_DIRECTIONS}
     if not all(math.isfinite(w) and w >= 0 for w in weights.values()) or sum(weights.values()) == 0:
         raise ValueError(f"direction_weights must be finite, non-negative and not all zero, got {weights}")
     return weights

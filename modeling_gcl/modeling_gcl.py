@@ -18,12 +18,12 @@ from .configuration_gcl import GATED_FUSIONS, GCLConfig
 from .encoding import encode_rows
 from .fusion import Fusion, GateLayer, unit
 from .loss import gcl_loss
+from .modalities import FEATURES
 from .pooling import mean_of_tokens
 from .pretrained import model_from_encoder
 from .temperature import LogitScale
 
 DEFAULT_LOGIT_SCALE = 1 / 0.07
-MODALITIES = ("image", "text", "fused")
 
 
 @dataclass
@@ -247,7 +247,7 @@ class GCLModel(GCLPreTrainedModel):
         """
         given = {"image": pixel_values is not None, "text": input_ids is not None}
         given["fused"] = all(given.values())
-        possible = [name for name in MODALITIES if given[name]]
+        possible = [name for name in FEATURES.values() if given[name]]
         if not possible:
             raise ValueError("nothing to embed: give pixel_values, input_ids or both")
         modalities = possible if modalities is None else modalities
@@ -257,7 +257,7 @@ class GCLModel(GCLPreTrainedModel):
         output = GCLOutput(
             logit_scale=self.logit_scale(), **{f"{name}_embeds": unit(value) for name, value in features.items()}
         )
-        if return_loss and len(features) == len(MODALITIES):
+        if return_loss and len(features) == len(FEATURES):
             output.loss = gcl_loss(output.image_embeds, output.text_embeds, output.fused_embeds, output.logit_scale)
         use_dict = self.config.return_dict if return_dict is None else return_dict
         return output if use_dict else output.to_tuple()
@@ -307,7 +307,7 @@ class GCLModel(GCLPreTrainedModel):
             return features
         if not torch.compiler.is_compiling() and not self.modality_means.any():  # what is traced can't ask for values
             raise ValueError("config.centring is on, but there are no means: call set_modality_means first")
-        return unit(features) - self.modality_means[MODALITIES.index(modality)]
+        return unit(features) - self.modality_means[list(FEATURES.values()).index(modality)]
 
     def _fuse(self, image, text):
         """(N, D) raw features of both towers → (N, D) fused features, not normalised."""

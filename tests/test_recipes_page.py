@@ -129,7 +129,7 @@ def test_commands_parse(monkeypatch, tmp_path):
     for run in [*runs, [str(own)]]:
         training = parse_recipe([*run, "--use_cpu"]).training
         if "{i->t: 0, t->i: 0}" in run:
-            assert training.direction_weights == {"i->t": 0, "t->i": 0}
+            assert training.direction_weights == {"i→t": 0, "t→i": 0}
 
 
 def is_training(command):

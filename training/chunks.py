@@ -1,6 +1,7 @@
 """The chunks of a batch: few pairs each, of like text length, with no more padding than their longest text needs."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -77,3 +78,10 @@ def widen_texts(inputs, num_tokens):
         missing = num_tokens - values.shape[1] if name in TEXT_INPUTS else 0
         widened[name] = torch.cat([values, values[:, -1:].expand(-1, missing)], 1) if missing > 0 else values
     return widened
+
+
+def most_tokens(processor: Any) -> int:
+    """The most tokens that a text of this processor may have; 0 if that is not known."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    limit = getattr(processor, "max_text_length", None) or getattr(tokenizer, "model_max_length", 0)
+    return limit if limit < 1_000_000 else 0  # tokenizers without a limit state 10^30

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from transformers import TrainerCallback
 
-from universal_gcl.training.distributed import world_size
+from universal_gcl.retrieval.processes import world_size
 
 
 def prepare_sharding(model, accelerator):

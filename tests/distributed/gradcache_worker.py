@@ -25,7 +25,7 @@ CASES = {
     "half ring": ({"half_ring": True}, None),
     "matryoshka": ({"matryoshka_dims": [3, 8]}, None),
     "lora": ({"lora": True}, None),
-    "weighted": ({"direction_weights": {"i->t": 2.0, "t->it": 0.5}, "denominator": "without_other_positive"}, None),
+    "weighted": ({"direction_weights": {"i→t": 2.0, "t→it": 0.5}, "denominator": "without_other_positive"}, None),
     "short in the first chunk": ({}, ("model", 0)),
     "short where a graph is kept": ({}, ("model", 5)),
     "short in backward": ({}, ("backward", 3)),

@@ -16,14 +16,15 @@ from modeling_gcl import loss as loss_module
 from modeling_gcl import tiles
 from modeling_gcl.loss import NonFiniteError
 from tests.support import dense_loss
-from universal_gcl.training.distributed import Processes, world_size
+from universal_gcl.retrieval.processes import world_size
+from universal_gcl.training.distributed import BatchProcesses
 
 SWITCHES = {
     "gcl": ("gcl_loss", {}),
     "without_other_positive": ("gcl_loss", {"denominator": "without_other_positive"}),
     "target": ("gcl_loss", {"denominator": "target"}),
     "no_intra": ("gcl_loss", {"intra_modality": False}),
-    "weights": ("gcl_loss", {"direction_weights": {"i->t": 0.0, "t->i": 0.25, "it->t": 3.0}}),
+    "weights": ("gcl_loss", {"direction_weights": {"i→t": 0.0, "t→i": 0.25, "it→t": 3.0}}),
     "cl": ("contrastive_loss", {}),
     "alignclip": ("alignclip_loss", {"separation_weight": 0.7}),
     "alignclip_semantic": ("alignclip_loss", {"semantic_embeds": True}),
@@ -60,7 +61,7 @@ def check(switch, sizes, dtype, half_ring, label_names, scale=20.0, tolerance=No
     name, leaves, options = arguments(switch, embeds, labels, semantic, rows)
     options |= matryoshka or {}
     s = torch.tensor(scale, dtype=dtype, requires_grad=True)
-    processes = Processes(half_ring=half_ring)
+    processes = BatchProcesses(half_ring=half_ring)
     loss, terms = getattr(loss_module, name)(*leaves, s, return_terms=True, processes=processes, **options, **more)
     *grads, from_scale = torch.autograd.grad(loss, [*leaves, s])
     dist.all_reduce(from_scale)
@@ -94,7 +95,7 @@ def check_flops():
     for half_ring, flops in expected.items():
         addmm = {torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1]}
         with FlopCounterMode(display=False, custom_mapping=addmm) as counter:
-            loss_module.gcl_loss(*embeds, 20.0, processes=Processes(half_ring=half_ring)).backward()
+            loss_module.gcl_loss(*embeds, 20.0, processes=BatchProcesses(half_ring=half_ring)).backward()
         assert flops <= counter.get_total_flops() <= 1.04 * flops, (half_ring, counter.get_total_flops() / flops)
     return 2
 
@@ -106,7 +107,7 @@ def check_errors():
     def raises(kind, message, change=(), **changed):
         embeds, labels, _ = batch([4] * world_size(), torch.float32)
         given = dict(zip(("image_embeds", "text_embeds", "fused_embeds"), (x[:4] for x in embeds)))
-        given |= {"logit_scale": 20.0, "ids": labels["ids"][:4], "processes": Processes()}
+        given |= {"logit_scale": 20.0, "ids": labels["ids"][:4], "processes": BatchProcesses()}
         if rank == last:
             given |= changed | dict(change)
         try:
@@ -131,7 +132,7 @@ def check_errors():
     count += raises(ValueError, "processes must agree on labels", ids=None)
     count += raises(ValueError, "processes must agree on labels", ids=torch.arange(4, dtype=torch.int32))
     count += raises(ValueError, "processes must agree on gradients", text_embeds=good.clone().requires_grad_())
-    count += raises(ValueError, "processes must agree on half_ring", processes=Processes(half_ring=True))
+    count += raises(ValueError, "processes must agree on half_ring", processes=BatchProcesses(half_ring=True))
     count += raises(ValueError, "processes must agree on denominator", denominator="target")
     count += raises(ValueError, "processes must agree on logit_scale", logit_scale=21.0)
     count += raises(ValueError, "processes must agree on matryoshka_dims", matryoshka_dims=[3])

@@ -17,8 +17,8 @@ from modeling_gcl import GCLModel
 from tests.distributed import gloo_as_gpus
 from tests.support.backbones import tiny_encoder, tiny_processor
 from tests.support.training_runs import make_pairs, make_trainer
+from universal_gcl.retrieval.processes import world_size
 from universal_gcl.training.data import PairCollator
-from universal_gcl.training.distributed import world_size
 from universal_gcl.training.freezing import freeze_parts
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from modeling_gcl import gcl_loss
-from universal_gcl.training.distributed import Processes
+from universal_gcl.training.distributed import BatchProcesses
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +31,7 @@ def test_a_shared_batch_equals_the_whole_on_one_process(processes, tmp_path):
 def test_alone_a_process_has_the_whole_batch():
     embeds = [torch.nn.functional.normalize(torch.randn(5, 4), dim=-1) for _ in range(3)]
     for half_ring in (False, True):
-        assert torch.equal(gcl_loss(*embeds, 20.0, processes=Processes(half_ring=half_ring)), gcl_loss(*embeds, 20.0))
+        shared = gcl_loss(*embeds, 20.0, processes=BatchProcesses(half_ring=half_ring))
+        assert torch.equal(shared, gcl_loss(*embeds, 20.0))
     with pytest.raises(ValueError, match="^the batch is empty"):
-        gcl_loss(*(x[:0] for x in embeds), 20.0, processes=Processes())
+        gcl_loss(*(x[:0] for x in embeds), 20.0, processes=BatchProcesses())

@@ -10,13 +10,14 @@ import torch
 
 from tests.support.backbones import tiny_model
 from tests.support.training_runs import make_pairs, make_trainer
-from universal_gcl.training.distributed import RowShardedEncoder, world_size
+from universal_gcl.retrieval.processes import world_size
+from universal_gcl.training.distributed import RowShardedEncoder
 
 RUNS = {  # family of the model, settings of the training
     "gcl": ("clip", {"loss": "gcl"}),
     "gcl_weighted": (
         "clip",
-        {"denominator": "without_other_positive", "direction_weights": {"i->t": 2.0, "t->it": 0.5}},
+        {"denominator": "without_other_positive", "direction_weights": {"i→t": 2.0, "t→it": 0.5}},
     ),
     "cl": ("clip", {"loss": "cl"}),
     "alignclip": ("clip", {"loss": "alignclip"}),

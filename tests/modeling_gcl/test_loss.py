@@ -28,7 +28,7 @@ def slow_gcl(embeds, scale, labels=None, denominator="all", intra_modality=True,
 
     total, weight_sum = 0.0, 0.0
     for a, b in permutations(MODALITIES, 2):
-        weight = (weights or {}).get(f"{a}->{b}", 1.0)
+        weight = (weights or {}).get(f"{a}→{b}", 1.0)
         weight_sum += weight
         for j in range(n):
             denominator_sum = 0.0
@@ -83,7 +83,7 @@ def test_equals_the_slow_loop(denominator, intra_modality, n, d, scale):
 )
 def test_equals_the_slow_loop_with_duplicates_and_weights(n, scale, seed, ids, captions, denominator, weights):
     embeds = random_embeds(n, 4, seed)
-    weights = dict(zip((f"{a}->{b}" for a, b in permutations(MODALITIES, 2)), weights))
+    weights = dict(zip((f"{a}→{b}" for a, b in permutations(MODALITIES, 2)), weights))
     labels = [{("id", i), ("caption", c)} for i, c in zip(ids[:n], captions[:n])]
     fast = gcl_loss(
         *embeds,
@@ -209,9 +209,17 @@ def test_autocast_does_not_reach_the_logits():
 def test_weights_select_terms():
     embeds = random_embeds(6, 4)
     _, terms = gcl_loss(*embeds, 10.0, return_terms=True)
-    only = {d: 0.0 for d in terms} | {"it->t": 3.0}
-    assert gcl_loss(*embeds, 10.0, direction_weights=only).item() == pytest.approx(terms["it->t"].item())
+    only = {d: 0.0 for d in terms} | {"it→t": 3.0}
+    assert gcl_loss(*embeds, 10.0, direction_weights=only).item() == pytest.approx(terms["it→t"].item())
     assert gcl_loss(*embeds, 10.0).item() == pytest.approx(sum(t.item() for t in terms.values()) / 6)
+
+
+def test_direction_weights_may_be_typed_in_ascii():
+    embeds = random_embeds(6, 4)
+    ascii_weights, weights = ({f"i{arrow}t": 0.0, f"t{arrow}it": 3.0} for arrow in ("->", "→"))
+    assert torch.equal(
+        gcl_loss(*embeds, 10.0, direction_weights=ascii_weights), gcl_loss(*embeds, 10.0, direction_weights=weights)
+    )
 
 
 @pytest.mark.parametrize(
@@ -220,9 +228,9 @@ def test_weights_select_terms():
         ({"image_embeds": torch.zeros(3, 4)}, "of one shape"),
         ({"denominator": "some"}, "denominator='some' is unknown"),
         ({"ids": torch.zeros(5)}, r"ids must hold one label per pair, shape \(2,\)"),
-        ({"direction_weights": {"i->x": 1.0}}, "direction_weights names"),
-        ({"direction_weights": {"i->t": -1.0}}, "non-negative"),
-        ({"direction_weights": {"i->t": math.nan}}, "finite"),
+        ({"direction_weights": {"i→x": 1.0}}, "direction_weights names"),
+        ({"direction_weights": {"i→t": -1.0}}, "non-negative"),
+        ({"direction_weights": {"i→t": math.nan}}, "finite"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

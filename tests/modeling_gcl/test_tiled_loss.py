@@ -17,7 +17,7 @@ SWITCHES = {
     "target": ("gcl_loss", {"denominator": "target"}),
     "no_intra": ("gcl_loss", {"intra_modality": False}),
     "no_intra_without": ("gcl_loss", {"intra_modality": False, "denominator": "without_other_positive"}),
-    "weights": ("gcl_loss", {"direction_weights": {"i->t": 0.0, "t->i": 0.25, "it->t": 3.0}}),
+    "weights": ("gcl_loss", {"direction_weights": {"i→t": 0.0, "t→i": 0.25, "it→t": 3.0}}),
     "cl": ("contrastive_loss", {}),
     "alignclip": ("alignclip_loss", {"separation_weight": 0.7}),
     "alignclip_semantic": ("alignclip_loss", {"semantic_embeds": True}),

@@ -8,7 +8,7 @@ from functools import wraps
 import torch
 import torch.nn.functional as F
 
-DIRECTIONS = ("i->t", "t->i", "i->it", "it->i", "t->it", "it->t")
+DIRECTIONS = ("i→t", "t→i", "i→it", "it→i", "t→it", "it→t")
 DENOMINATORS = ("all", "without_other_positive", "target")
 
 
@@ -61,7 +61,7 @@ def gcl_loss(
 def contrastive_loss(image_embeds, text_embeds, logit_scale, *, ids=None, caption_ids=None, return_terms=False):
     """As `modeling_gcl.contrastive_loss`, in O(N²) memory."""
     embeds = {"i": image_embeds, "t": text_embeds}
-    terms = _direction_terms(embeds, ("i->t", "t->i"), logit_scale, ids, caption_ids, "target", False)
+    terms = _direction_terms(embeds, ("i→t", "t→i"), logit_scale, ids, caption_ids, "target", False)
     return _weighted_mean(terms, None, return_terms)
 
 
@@ -126,7 +126,7 @@ def _direction_terms(embeds, directions, logit_scale, ids, caption_ids, denomina
 
         terms = {}
         for anchor in embeds:
-            targets = [d.split("->")[1] for d in directions if d.split("->")[0] == anchor]
+            targets = [d.split("→")[1] for d in directions if d.split("→")[0] == anchor]
             in_denominator = [m for m in embeds if m in targets or (m == anchor and intra_modality)]
             blocks = {m: negatives(anchor, m) for m in (targets if denominator == "target" else in_denominator)}
             positives = {b: diagonal(anchor, b) for b in targets}
@@ -137,7 +137,7 @@ def _direction_terms(embeds, directions, logit_scale, ids, caption_ids, denomina
                     parts = [*blocks.values(), positives[b]]
                 else:
                     parts = [blocks[b], positives[b]]
-                terms[f"{anchor}->{b}"] = (torch.stack(parts).logsumexp(0) - positives[b]).mean()
+                terms[f"{anchor}→{b}"] = (torch.stack(parts).logsumexp(0) - positives[b]).mean()
         return terms
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from modeling_gcl.modalities import CROSS_DIRECTIONS
 from universal_gcl.sources.arguments import SourceArguments
 from universal_gcl.training import training_arguments as arguments_module
 from universal_gcl.training.arguments import DataArguments, ModelArguments
@@ -62,7 +63,7 @@ def test_loading_follows_workers_and_device(tmp_path, monkeypatch):
 
 def test_arguments_can_be_saved(tmp_path):
     arguments = GCLTrainingArguments(output_dir=str(tmp_path), use_cpu=True, direction_weights={"i->it": 0.25})
-    assert json.loads(arguments.to_json_string())["direction_weights"] == {"i->it": 0.25}
+    assert json.loads(arguments.to_json_string())["direction_weights"] == {"i→it": 0.25}
 
 
 @pytest.mark.parametrize(
@@ -70,17 +71,17 @@ def test_arguments_can_be_saved(tmp_path):
     [
         ({"loss": "clip"}, "training.loss: 'clip' is not one of gcl, cl, alignclip"),
         ({"denominator": "none"}, "training.denominator"),
-        ({"direction_weights": {"i-t": 1.0}}, "'i-t' is not one of i->t"),
-        ({"direction_weights": {"i->t": -1.0}}, r"direction_weights\[i->t\] is -1.0"),
+        ({"direction_weights": {"i-t": 1.0}}, "'i-t' is not one of i→t"),
+        ({"direction_weights": {"i->t": -1.0}}, r"direction_weights\[i→t\] is -1.0"),
         ({"direction_weights": {"i->t": float("nan")}}, "is nan"),
-        ({"direction_weights": dict.fromkeys(["i->t", "t->i", "i->it", "it->i", "t->it", "it->t"], 0.0)}, "all 0"),
+        ({"direction_weights": dict.fromkeys(CROSS_DIRECTIONS, 0.0)}, "all 0"),
         ({"loss": "cl", "intra_modality": False}, "training.intra_modality belongs to loss: gcl"),
         ({"loss": "alignclip", "denominator": "target"}, "training.denominator belongs to loss: gcl"),
         ({"separation_weight": 0.25}, "belongs to loss: alignclip"),
         ({"loss": "alignclip", "separation_weight": -1.0}, "at least 0"),
-        ({"matryoshka_dims": []}, r"training.matryoshka_dims is \[\]: name each dimension once, 1 at least"),
+        ({"matryoshka_dims": []}, r"training.matryoshka_dims is \[\]: name each dimension once, each at least 1"),
         ({"matryoshka_dims": [64, 64]}, "name each dimension once"),
-        ({"matryoshka_dims": [64, 0]}, "1 at least"),
+        ({"matryoshka_dims": [64, 0]}, "each at least 1"),
         ({"matryoshka_dims": [64], "matryoshka_weights": [1.0, 2.0]}, "give one weight for each"),
         ({"matryoshka_dims": [64], "matryoshka_weights": [0.0]}, "training.matryoshka_weights is 0.0"),
         ({"matryoshka_weights": [1.0]}, "no effect without training.matryoshka_dims"),
@@ -92,7 +93,7 @@ def test_arguments_can_be_saved(tmp_path):
         ({"effective_batch_size": -4}, "training.effective_batch_size is -4: use 1 or more"),
         (
             {"effective_batch_size": 64, "gradient_accumulation_steps": 2},
-            r"gradient_accumulation_steps \(2\) follows from training.effective_batch_size \(64\): leave one",
+            r"gradient_accumulation_steps \(2\) is computed from training.effective_batch_size \(64\): leave one",
         ),
         ({"optim": "lomo"}, "training.optim lomo changes weights during backward"),
         ({"dataloader_num_workers": -1}, "training.dataloader_num_workers is -1"),

@@ -17,7 +17,7 @@ from universal_gcl.training.lora import add_lora
 
 LOSSES = {
     "gcl": {"loss": "gcl"},
-    "gcl_weighted": {"denominator": "without_other_positive", "direction_weights": {"i->t": 2.0, "t->it": 0.5}},
+    "gcl_weighted": {"denominator": "without_other_positive", "direction_weights": {"i→t": 2.0, "t→it": 0.5}},
     "matryoshka": {"matryoshka_dims": [8, 3], "matryoshka_weights": [0.5, 2.0]},
     "cl": {"loss": "cl"},
     "alignclip": {"loss": "alignclip"},
@@ -114,7 +114,8 @@ def test_accumulated_micro_batches_are_one_contrastive_batch(tmp_path):
     plain = make_trainer(tmp_path, uneven_pairs(48), model=tiny_model(torch.float64))
     losses = []
     for group in (batches[:3], batches[3:6], batches[6:]):
-        loss = plain.compute_loss(plain.model.train(), collate([item for items in group for item in items]))
+        batch = plain.embed_batch(plain.model.train(), collate([item for items in group for item in items]))
+        loss = plain.compute_loss(plain.model, batch)
         plain.model.zero_grad()
         loss.backward()
         losses.append(loss.item())
@@ -144,7 +145,8 @@ def test_equal_captions_are_masked_across_micro_batches(tmp_path):
         trainer.train()
         losses.append(trainer.state.log_history[0]["loss"])
     start = make_trainer(tmp_path, pairs, model=tiny_model())
-    single = [start.compute_loss(start.model, start.data_collator([start.train_dataset[j]])).item() for j in range(24)]
+    alone = [start.embed_batch(start.model, start.data_collator([start.train_dataset[j]])) for j in range(24)]
+    single = [start.compute_loss(start.model, batch).item() for batch in alone]
     assert losses[0] == pytest.approx(sum(single) / 24, rel=1e-5) and losses[1] > losses[0] + 2
 
 

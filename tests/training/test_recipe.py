@@ -55,7 +55,7 @@ def test_recipe_fills_the_three_sections(write):
     assert recipe.training.learning_rate == 1e-5
     assert recipe.training.eval_strategy == "no"
     assert recipe.training.lr_scheduler_kwargs == {"min_lr": 1e-7}
-    assert recipe.training.direction_weights == {"i->it": 1.0}
+    assert recipe.training.direction_weights == {"i→it": 1.0}
 
 
 def test_command_line_wins(write):
@@ -68,7 +68,7 @@ def test_command_line_wins(write):
     assert recipe.training.seed == 3
     assert recipe.training.max_steps == -1
     assert recipe.training.logging_first_step is True
-    assert recipe.training.direction_weights == {"i->t": 0.5}
+    assert recipe.training.direction_weights == {"i→t": 0.5}
     assert recipe.model.freeze == ["image"]
     assert recipe.model.revision == "1234567"
     assert recipe.data.eval == SourceArguments("dev.jsonl", image_root="images", limit=5)
@@ -164,7 +164,7 @@ def test_saved_recipe_holds_what_was_set_and_reads_back(write, tmp_path):
         ("limit: 10", "limit: 1.5", r"line 7: data.train.0.limit expects a whole number, not 1.5"),
         ("some/encoder", "123", r"line 2: model.encoder expects text \(quote it\), not 123"),
         ("{i->it: 1}", "3", "line 14: training.direction_weights expects a mapping, not 3"),
-        ("{i->it: 1}", "{i->x: 1}", "recipe.yaml: training.direction_weights: 'i->x' is not one of"),
+        ("{i->it: 1}", "{i->x: 1}", "recipe.yaml: training.direction_weights: 'i→x' is not one of"),
         ("  encoder: some/encoder\n", "", "recipe.yaml: model.encoder is missing"),
         ("    - path: photos\n      limit", "    - limit", "recipe.yaml: data.train.0.path is missing"),
         ("  use_cpu: true", "  learning_rate: 1", "line 15: key 'learning_rate' was set in line 11 already"),
