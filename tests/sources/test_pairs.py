@@ -54,8 +54,8 @@ def test_sidecar_missing_is_counted(photos, caplog):
     with caplog.at_level(logging.WARNING):
         pairs, report = read_source(source, max_broken_share=0.5)
     assert len(pairs) == report.pairs == 2
-    assert report.skipped == {"images without a .txt beside them": 1}
-    assert "1 of 3 images without a .txt beside them (the first: sub/c.png)" in caplog.text
+    assert report.skipped == {"images without a .txt file": 1}
+    assert "1 of 3 images without a .txt file (the first: sub/c.png)" in caplog.text
     with pytest.raises(DataError, match="over data.max_broken_share"):
         read_source(source)
 
@@ -63,7 +63,7 @@ def test_sidecar_missing_is_counted(photos, caplog):
 def test_images_without_texts_say_what_to_write(photos):
     (photos / "a.txt").write_text("A red.")
     with pytest.raises(
-        DataError, match="2 of 3 images without a .txt .*. Write a .txt with the captions beside each"
+        DataError, match="2 of 3 images without a .txt .*. Next to each image, write its captions into a .txt"
     ) as e:
         read_source(SourceArguments(str(photos)))
     assert "image_root" not in str(e.value)

@@ -79,9 +79,9 @@ def test_rows_of_a_file(folder):
     [
         ('{"id": "b", "text"', "line 2: not valid JSON"),
         ("[1]", "line 2: expected an object"),
-        ('{"id": "b", "txt": "x"}', "line 2: unknown key 'txt'; rows have id, text"),
+        ('{"id": "b", "txt": "x"}', "line 2: unknown key 'txt'; use id, text"),
         ('{"text": "x"}', "line 2: the id is empty"),
-        ('{"id": "a", "text": "x"}', "line 2: id 'a' was used in .*line 1"),
+        ('{"id": "a", "text": "x"}', "line 2: the id 'a' is already used in .*line 1"),
         ('{"id": "b", "image": "../x.png"}', "line 2: .*lies outside"),
         ('{"id": "b", "text": 3}', "line 2, id 'b': text must be a str"),
         ('{"id": "b", "text": " "}', "line 2, id 'b': has neither an image nor a text"),
@@ -95,7 +95,7 @@ def test_bad_lines_are_named(line, message, tmp_path):
 
 def test_a_file_without_rows_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="rows.jsonl holds no rows"):
+    with pytest.raises(ValueError, match="rows.jsonl has no rows"):
         read_rows(tmp_path / "rows.jsonl")
 
 
