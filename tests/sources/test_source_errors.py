@@ -35,9 +35,7 @@ def test_missing_images_are_counted_and_named(photos, caplog):
     assert as_dict(pairs) == THREE
     assert report.skipped == {"images missing": 1}
     assert f"1 of 4 images missing (the first: {photos}/gone.png). They are left out." in caplog.text
-    with pytest.raises(
-        DataError, match=r"1 of 4 images missing .*gone.png.*over data.max_broken_share \(24.00%\)"
-    ):
+    with pytest.raises(DataError, match=r"1 of 4 images missing .*gone.png.*over data.max_broken_share \(24.00%\)"):
         read_source(source, max_broken_share=0.24)
 
 
