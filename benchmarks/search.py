@@ -33,7 +33,7 @@ from benchmarks.protocol import (
     summarise,
     write_result,
 )
-from universal_gcl.retrieval.quantised import Kept, forget, quantised
+from universal_gcl.retrieval.quantised import SavedCodes, delete_codes, saved_codes
 from universal_gcl.retrieval.screening import screened_top_k
 from universal_gcl.retrieval.search import exact_top_k
 from universal_gcl.retrieval.store import FORMAT, Store, Vectors, shard_paths, write_json
@@ -65,10 +65,10 @@ def make_pool(folder, pool, candidates, queries, dim):
 
 
 def kept(queries, store, count, k):
-    codes = quantised(store)
+    codes = saved_codes(store)
     if count is not None:
-        codes = Kept(codes.codes[:count], codes.lengths[:, :count], codes.mean, codes.scale)
-    return lambda: screened_top_k(queries, part_of(store, count), k, quantised=codes)
+        codes = SavedCodes(codes.codes[:count], codes.lengths[:, :count], codes.mean, codes.scale)
+    return lambda: screened_top_k(queries, part_of(store, count), k, codes=codes)
 
 
 def screened(queries, store, count, k):
@@ -123,7 +123,7 @@ def gate(folder, k):
 def work(folder, variant, k):
     queries, store = np.load(Path(folder) / "queries.npy"), Store(folder)
     VARIANTS[variant](queries, store, min(WARM_UP_CANDIDATES, len(store.vectors)), k)()  # loads code
-    forget(Path(folder))
+    delete_codes(Path(folder))
     start = time.perf_counter()
     search = VARIANTS[variant](queries, store, None, k)
     return {"build_seconds": time.perf_counter() - start} | measure(search)

@@ -194,7 +194,7 @@ def test_rows_that_cannot_be_read_are_skipped_and_named(model, tmp_path, caplog)
     assert "none.png: no such file" in store.skipped["missing"]
     assert "bad.png" in store.skipped["bad"] and store.skipped["bad again"] == store.skipped["bad"]
     assert "neither an image nor a text" in store.skipped["empty"]
-    assert "4 of 6 rows skipped; the first, 'missing'" in caplog.text
+    assert "4 of 6 rows were skipped; the first, 'missing'" in caplog.text
     expected = model[0].encode([rows[1][1], rows[4][1]], model[1]).numpy()
     assert np.abs(store.embeddings([1, 4]) - expected).max() < 1e-3
     with pytest.raises(ValueError, match="row 'bad' has no embedding: .*bad.png"):

@@ -139,5 +139,5 @@ def test_other_files_are_no_runs(tmp_path):
     from safetensors.numpy import save_file
 
     save_file({"x": np.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="is no result of a search"):
+    with pytest.raises(ValueError, match="is not the result of a search"):
         Run.load(tmp_path / "x.safetensors")

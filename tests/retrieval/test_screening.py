@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from universal_gcl.retrieval import quantised, screening
-from universal_gcl.retrieval.quantised import Kept, Streamed
+from universal_gcl.retrieval.quantised import SavedCodes, StreamedCodes
 from universal_gcl.retrieval.screening import screened_top_k
 from universal_gcl.retrieval.search import exact_top_k
 
@@ -88,16 +88,16 @@ POOLS = (sphere, cone, needle, duplicates, all_equal, integers, uneven, outlier,
 
 
 def kept(candidates):
-    pool = Streamed(candidates)
+    pool = StreamedCodes(candidates)
     codes, lengths = pool.part(0, len(candidates))
-    return Kept(codes, lengths, pool.mean, pool.scale)
+    return SavedCodes(codes, lengths, pool.mean, pool.scale)
 
 
 def assert_equal(queries, candidates, k, **options):
     """Of a pool that is quantised as the search goes, and of one that is kept."""
     expected = exact_top_k(queries, candidates, k)
     for pool in (None, kept(candidates)):
-        found = screened_top_k(queries, candidates, k, quantised=pool, **options)
+        found = screened_top_k(queries, candidates, k, codes=pool, **options)
         assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
         assert found[0].dtype == torch.float32 and found[1].dtype == torch.int64
 
@@ -161,9 +161,9 @@ def test_threads_are_torchs_and_given_back():
 def test_few_candidates_are_scored_exactly(monkeypatch):
     """Without this, a screen that lets all through would pass every test above."""
     scored, whole = [], []
-    keys_of, add_all = screening.keys_of, screening._Found.add_all
+    keys_of, add_all = screening.keys_of, screening._Results.add_all
     monkeypatch.setattr(screening, "keys_of", lambda *args: scored.append(len(args[1])) or keys_of(*args))
-    monkeypatch.setattr(screening._Found, "add_all", lambda *args: whole.append(args) or add_all(*args))
+    monkeypatch.setattr(screening._Results, "add_all", lambda *args: whole.append(args) or add_all(*args))
     rng, threads = np.random.default_rng(0), torch.get_num_threads()
     torch.set_num_threads(1)  # each thread finds its own k best before they are joined
     for pool in (sphere, cone, uneven):
@@ -175,10 +175,12 @@ def test_few_candidates_are_scored_exactly(monkeypatch):
     assert not whole
 
 
-def test_what_is_pending_is_settled_before_it_grows(monkeypatch):
+def test_what_is_pending_is_score_pendingd_before_it_grows(monkeypatch):
     settled = []
-    settle = screening._Found._settle
-    monkeypatch.setattr(screening._Found, "_settle", lambda self: settled.append(self.num_pending) or settle(self))
+    settle = screening._Results._score_pending
+    monkeypatch.setattr(
+        screening._Results, "_score_pending", lambda self: settled.append(self.num_pending) or settle(self)
+    )
     monkeypatch.setattr(screening, "_MAX_PENDING", -60)
     rng = np.random.default_rng(0)
     queries = 0.1 * sphere(rng, 10, 16) + torch.ones(16)  # the pool is sorted for all of them
@@ -200,7 +202,7 @@ def test_broken_input_is_named_as_in_the_exact_search():
         with pytest.raises(ValueError, match="candidates row 333 holds NaN or infinite"):
             screened_top_k(rows[:4], broken, 1, chunk_size=100)
         with pytest.raises(ValueError, match="candidates row 333 holds NaN or infinite"):
-            screened_top_k(rows[:4], broken, 1, quantised=kept(broken), chunk_size=100)
+            screened_top_k(rows[:4], broken, 1, codes=kept(broken), chunk_size=100)
 
 
 def test_faiss_finds_the_same():

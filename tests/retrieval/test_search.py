@@ -76,8 +76,8 @@ def test_zero_and_negative_zero_tie():
 @pytest.mark.parametrize(
     ("queries", "candidates", "k", "message"),
     [
-        (np.zeros((0, 4)), np.zeros((3, 4)), 1, r"queries are empty: shape \(0, 4\)"),
-        (np.zeros((2, 4)), np.zeros((0, 4)), 1, "candidates are empty"),
+        (np.zeros((0, 4)), np.zeros((3, 4)), 1, r"there are no queries: their shape is \(0, 4\)"),
+        (np.zeros((2, 4)), np.zeros((0, 4)), 1, "there are no candidates"),
         (np.zeros(4), np.zeros((3, 4)), 1, r"queries must be a matrix .* got shape \(4,\)"),
         (np.zeros((2, 4)), np.zeros((3, 5)), 1, "queries have 4 dimensions, candidates 5"),
         (np.zeros((2, 4)), np.zeros((3, 4)), 4, "between 1 and the number of candidates, 3, got 4"),

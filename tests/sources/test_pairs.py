@@ -54,8 +54,8 @@ def test_sidecar_missing_is_counted(photos, caplog):
     with caplog.at_level(logging.WARNING):
         pairs, report = read_source(source, max_broken_share=0.5)
     assert len(pairs) == report.pairs == 2
-    assert report.skipped == {"images without a .txt beside them": 1}
-    assert "1 of 3 images without a .txt beside them (the first: sub/c.png)" in caplog.text
+    assert report.skipped == {"images without a .txt file": 1}
+    assert "1 of 3 images without a .txt file (the first: sub/c.png)" in caplog.text
     with pytest.raises(DataError, match="over data.max_broken_share"):
         read_source(source)
 
@@ -63,7 +63,7 @@ def test_sidecar_missing_is_counted(photos, caplog):
 def test_images_without_texts_say_what_to_write(photos):
     (photos / "a.txt").write_text("A red.")
     with pytest.raises(
-        DataError, match="2 of 3 images without a .txt .*. Write a .txt with the captions beside each"
+        DataError, match="2 of 3 images without a .txt .*. Next to each image, write its captions into a .txt"
     ) as e:
         read_source(SourceArguments(str(photos)))
     assert "image_root" not in str(e.value)
@@ -94,7 +94,7 @@ def test_paths_of_windows(photos):
     pairs = load_pairs(SourceArguments(write_csv(photos / "x.csv", [ROWS[0], ["sub\\d.png", "A red."]])))
     assert pairs[0]["image"]["path"] == str(photos / "sub\\d.png")
     source = SourceArguments(write_csv(photos / "x.csv", [*ROWS, ["C:\\photos\\e.png", "A red."]]))
-    with pytest.raises(DataError, match="1 of 4 images missing, named with a backslash .* Write paths with / instead"):
+    with pytest.raises(DataError, match=r"x.csv, line 5: C:\\photos\\e.png lies outside .*photos; set image_root"):
         read_source(source)
     (photos.parent / "secret.png").write_bytes(b"")
     source = SourceArguments(write_csv(photos / "x.csv", [ROWS[0], ["..\\secret.png", "A"]]))
@@ -206,7 +206,7 @@ def test_parquet_rows_with_a_path_alone_are_files_below_the_root(tmp_path, photo
         {"bytes": None, "path": str(photos / "b.png")},
     ]
     assert (report.pairs, report.captions) == (3, 3)
-    assert report.skipped == {"images missing": 1, "images missing, named with a backslash": 1}
+    assert report.skipped == {"images missing": 2}
     elsewhere = write_image_parquet(tmp_path / "x.parquet", images[0])
     assert load_pairs(SourceArguments(elsewhere, image_root=str(photos)))[0]["image"]["path"] == f"{photos}/sub/c.png"
 
