@@ -17,10 +17,18 @@ from pathlib import Path
 import datasets
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from typer.main import get_command
 
 from tests.support import doc_pages
-from tests.support.backbones import random_image, tiny_model, tiny_processor
+from tests.support.backbones import (
+    IMAGE_SIZE,
+    random_image,
+    tiny_encoder,
+    tiny_model,
+    tiny_processor,
+    word_tokenizer,
+)
 from tests.support.doc_pages import PAGES, ROOT, blocks, broken_links, lost_code
 from tests.support.training_runs import write_parquet
 from universal_gcl import cli, train
@@ -70,6 +78,12 @@ def stand_ins(tmp_path_factory, clip_folder):
     """A folder with all that pages name, in small."""
     folder = tmp_path_factory.mktemp("stand-ins")
     shutil.copytree(clip_folder, folder / "openai/clip-vit-base-patch32")
+    towers = tiny_encoder("vision-text-dual-encoder")
+    towers.vision_model.save_pretrained(folder / "google/vit-base-patch16-224")
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    ViTImageProcessorPil(size=side).save_pretrained(folder / "google/vit-base-patch16-224")
+    towers.text_model.save_pretrained(folder / "google-bert/bert-base-uncased")
+    word_tokenizer().save_pretrained(folder / "google-bert/bert-base-uncased")
     for name in ("MODEL", "outputs/quickstart/model"):
         save_model_folder(folder / name, tiny_model("clip"), tiny_processor("clip"))
     for name, number in {"my_photos": 130, "my_other_photos": 12, "photos": 3}.items():
