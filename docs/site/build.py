@@ -16,6 +16,7 @@ from html import escape, unescape
 from html.parser import HTMLParser
 from os.path import relpath
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pdoc
@@ -157,7 +158,8 @@ class Markdown:
     """A page as HTML: links that hold in the site, headings with GitHub's anchors, highlighted code, MathML."""
 
     def __init__(self, site: Site, page: str) -> None:
-        self.site, self.page, self.anchors = site, page, set()
+        self.site, self.page = site, page
+        self.anchors: set[str] = set()
         self.markdown = MarkdownIt("commonmark", {"highlight": lambda code, name, _: highlighted(code, name)})
         self.markdown.enable("table")
         self.markdown.add_render_rule("fence", self.fence)
@@ -293,22 +295,19 @@ def check(out: Path) -> None:
 
 
 def exists(name: str) -> bool:
-    """Whether a dotted name is a module, or what a module or class holds, dataclass fields and such included."""
-    module, rest = name, []
-    while True:
+    """Whether a dotted name is a module, a file of a package, or what a module or class holds (or annotates)."""
+    parts = name.split(".")
+    for number in range(len(parts), 0, -1):
         try:
-            found = importlib.import_module(module)
-            break
+            found: Any = importlib.import_module(".".join(parts[:number]))
         except ModuleNotFoundError:
-            module, _, last = module.rpartition(".")
-            rest.insert(0, last)
-            if not module:
-                return False
-    for part in rest:
-        if not hasattr(found, part) and part not in getattr(found, "__annotations__", {}):
-            return (Path(found.__file__ or ".").parent / part).exists() if hasattr(found, "__path__") else False
-        found = getattr(found, part, None)
-    return True
+            continue
+        for place, part in enumerate(parts[number:], start=number):
+            if not hasattr(found, part) and part not in getattr(found, "__annotations__", {}):
+                return place == number and any(Path(folder, part).exists() for folder in getattr(found, "__path__", []))
+            found = getattr(found, part, None)
+        return True
+    return False
 
 
 def build_reference(out: Path) -> None:
