@@ -9,10 +9,12 @@ import html
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import torch
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel, ProcessorMixin
+from gradio.data_classes import ImageData
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from universal_gcl.application.gallery import MODALITIES, NAMES, Gallery, Hit
 
@@ -51,8 +53,14 @@ def load_encoders(gallery: Gallery) -> dict[str, Encoder]:
     return encoders
 
 
-def encoder_of(model: PreTrainedModel, processor: ProcessorMixin | None) -> Encoder:
-    """A function that embeds one row, with `GCLModel.encode`, and returns its (D,) embedding."""
+def encoder_of(model: Any, processor: Any) -> Encoder:
+    """
+    A function that embeds one row and returns its (D,) embedding.
+
+    Args:
+        model: a `GCLModel`. The type is not given, because the class comes with the checkpoint in a Space.
+        processor: its `GCLProcessor`.
+    """
     return lambda row: model.encode([row], processor)[0]
 
 
@@ -101,9 +109,8 @@ def build_app(gallery: Gallery, encoders: dict[str, Encoder]) -> gr.Blocks:
                     label="Picture", type="filepath", sources=["upload", "clipboard"], height=230, buttons=[],
                     alt_text="the picture of the query",
                 )  # fmt: skip
-        # pass the uploaded file on as it is. gr.Image would show just "Error" for a file that it can't open, and would
-        # save the others again
-        picture.preprocess = lambda payload: payload and payload.path
+        # gr.Image has no argument for this, and a subclass would be another component for the browser
+        picture.preprocess = _uploaded_file  # type: ignore[method-assign]
         button = gr.Button("Search", variant="primary")
         results = gr.HTML(elem_id="gcl-results")
         tries = gr.Examples(_examples(gallery), [text, picture], label="Try")
@@ -134,11 +141,13 @@ def launch(app: gr.Blocks, *, server_name: str | None = None, server_port: int |
         The address of the page.
     """
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    style = {"theme": theme, "css_paths": _STYLE, "footer_links": ["api", "settings"], "ssr_mode": False}
     return app.launch(
         server_name=server_name,
         server_port=server_port,
-        **style,
+        theme=theme,
+        css_paths=_STYLE,
+        footer_links=["api", "settings"],
+        ssr_mode=False,
         max_file_size="20mb",
         quiet=True,
         prevent_thread_lock=True,
@@ -179,6 +188,12 @@ def render(gallery: Gallery, found: dict[str, list[Hit]], kinds: Sequence[str] =
             f'<section aria-label="{html.escape(label)}">{title}{_counts(hits, kinds)}<ol>{cards}</ol></section>'
         )
     return f'<div class="gcl-columns">{"".join(columns)}</div>'
+
+
+def _uploaded_file(payload: ImageData | None) -> str | None:
+    """The uploaded file as it is. gr.Image would show just "Error" for a file that it can't open, and would save the
+    others again."""
+    return payload.path if payload else None
 
 
 def _card(gallery: Gallery, hit: Hit) -> str:

@@ -89,9 +89,7 @@ def write_gallery(
     stores = folder / "stores" if stores is None else Path(stores)
     for loaded in models:
         store = _embed(pairs, loaded, stores, batch_size, show_progress)
-        vectors = store.embeddings().astype(np.float16).reshape(len(MODALITIES), len(pairs), -1)
-        content = save(dict(zip(MODALITIES, vectors)))
-        write_whole(embeddings_file(folder, loaded.label), lambda file, content=content: file.write(content))
+        _write_embeddings(embeddings_file(folder, loaded.label), store)
     contents = store.manifest["contents"]
     described = folder / "gallery.json"
     if not described.is_file() or json.loads(described.read_text(encoding="utf-8"))["contents"] != contents:
@@ -110,7 +108,7 @@ def write_gallery(
     return Gallery(folder)
 
 
-class PoolRows(Sequence):
+class PoolRows:
     """
     The candidates in a gallery of N pairs, as rows for `embed_rows`.
 
@@ -146,6 +144,13 @@ def _embed(pairs: datasets.Dataset, loaded: LoadedModel, stores: Path, batch_siz
         shard_rows=1024,
         show_progress=show_progress,
     )
+
+
+def _write_embeddings(file: Path, store: Store) -> None:
+    """Write the embeddings of a store of `PoolRows` to a file of the gallery."""
+    vectors = store.embeddings().astype(np.float16).reshape(len(MODALITIES), len(store) // len(MODALITIES), -1)
+    content = save(dict(zip(MODALITIES, vectors)))
+    write_whole(file, lambda opened: opened.write(content))
 
 
 def _write_pictures(pairs: datasets.Dataset, folder: Path, show_progress: bool) -> None:

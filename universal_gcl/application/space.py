@@ -144,12 +144,14 @@ def commit_of(name: str, revision: str | None) -> str:
             f"{name} is a folder, but a Space loads its models from the Hub: upload it with gcl push, then give its id"
         )
     try:
-        return HfApi().model_info(name, revision=revision).sha
+        commit = HfApi().model_info(name, revision=revision).sha
     except HFValidationError as error:
         raise ValueError(f"{name!r} is neither a folder nor a Hub id: {error}") from error
     except HfHubHTTPError as error:
         at = f" at {revision}" if revision else ""
         raise ValueError(f"the Hub has no {name}{at}, or you may not read it: {error}") from error
+    assert commit is not None  # the Hub always names it
+    return commit
 
 
 def _card(title: str, gallery: Gallery) -> SpaceCard:
