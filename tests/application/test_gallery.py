@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_gcl import ImageError
+from modeling_gcl import ImageError, modalities
 from tests.support.colours import COLOURS, colour_models, colour_pairs, picture
-from universal_gcl.application.gallery import MODALITIES, Gallery
+from universal_gcl.application.gallery import MODALITIES, NAMES, Gallery
 from universal_gcl.application.gallery_folder import PICTURE_SIZE, write_gallery
 
 
@@ -30,6 +30,12 @@ def test_the_nearest_of_all_modalities(tmp_path):
         }
         best = gallery.search("GCL", close, 1)[0]
         assert best.score == pytest.approx(1, abs=1e-3)  # float16
+
+
+def test_the_modalities_are_those_of_the_model():
+    """A Space can't import modeling_gcl.modalities, so the gallery has a table of its own."""
+    assert [singular for singular, _ in NAMES.values()] == [*modalities.IN_WORDS.values()]
+    assert [name.replace("+", ",") for name in MODALITIES] == [*modalities.IN_DATA.values()]
 
 
 def test_a_second_call_embeds_nothing(tmp_path):

@@ -100,11 +100,11 @@ def test_the_app_where_our_package_is_not(hub, pinned, tmp_path, monkeypatch, ca
 
 def test_what_a_space_cannot_load_is_refused_first(hub, pinned, clip_folder, tmp_path):
     for model, revision, message in (
-        (str(clip_folder), None, "is a folder, and a Space loads its models from the Hub: gcl push it"),
-        ("org/clip", pinned[1], "org/clip is no GCL checkpoint"),
-        ("org/absent", None, "the Hub does not give org/absent"),
-        ("org/clip-gcl", "absent", "the Hub does not give org/clip-gcl at absent"),
-        ("no id/at/all", None, "neither a folder nor an id of the Hub"),
+        (str(clip_folder), None, "is a folder, but a Space loads its models from the Hub: upload it with gcl push"),
+        ("org/clip", pinned[1], "org/clip is not a GCL checkpoint"),
+        ("org/absent", None, "the Hub has no org/absent, or you may not read it"),
+        ("org/clip-gcl", "absent", "the Hub has no org/clip-gcl at absent"),
+        ("no id/at/all", None, "neither a folder nor a Hub id"),
     ):
         with pytest.raises(ValueError, match=message):
             write_space(model, None, tmp_path / "space", name="pairs", revision=revision)

@@ -16,7 +16,7 @@ names = st.lists(st.sampled_from(["a", "b.png", "é 1", ".", "..", "...", "..a",
 
 
 def leaves(parts):
-    """Whether going through the parts one by one is ever left below the start, and ends there."""
+    """Whether the path, compared as text, ends outside the folder that it starts from."""
     depth = []
     for part in parts:
         if part == "..":
@@ -110,5 +110,5 @@ def test_links_inside_the_root_may_lead_elsewhere(tmp_path):
     (tmp_path / "root").mkdir()
     (tmp_path / "root" / "link").symlink_to(tmp_path / "elsewhere")
     assert path_inside(tmp_path / "root", "link/a.png", "row 0").is_file()
-    # a `..` behind a link is taken away as text: the path stays inside, where the system would follow the link first
+    # `..` is resolved as text, so the path stays inside. The system would follow the link first and end up elsewhere
     assert path_inside(tmp_path / "root", "link/../a.png", "row 0") == tmp_path / "root" / "a.png"

@@ -35,7 +35,7 @@ def save_adapter(folder: Path, peft_model: "PeftModel", base_checksums: dict[str
         ValueError: the file differs from the adapter in memory.
     """
     # True would ask the Hub whether the vocabulary of the base has changed. GCL doesn't train token embeddings
-    peft_model.save_pretrained(folder, save_embedding_layers=False)
+    peft_model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # peft's template of a model card; ours describes the adapter
     (folder / BASE).write_text(json.dumps(base_checksums, indent=2) + "\n", encoding="utf-8")
     check_adapter_weights(folder, peft_model)
@@ -166,6 +166,8 @@ def weight_checksums(model: str | Path, revision: str | None = None) -> dict[str
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     checksums = {}
     for name in names:
-        with open(cached_file(str(model), name, revision=revision), "rb") as file:
+        path = cached_file(str(model), name, revision=revision)
+        assert path is not None  # cached_file raises an OSError if there is no such file
+        with Path(path).open("rb") as file:
             checksums[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return checksums

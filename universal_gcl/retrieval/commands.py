@@ -1,6 +1,5 @@
 """`gcl embed` and `gcl search`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -51,7 +50,7 @@ def embed(
     Rows with equal contents are embedded once. The processes of accelerate launch or torchrun share the rows.
     """
     from modeling_gcl import GCLModel, GCLProcessor
-    from universal_gcl.retrieval.embed import embed_rows
+    from universal_gcl.retrieval.embed import Rows, embed_rows
     from universal_gcl.retrieval.processes import Processes, own_device
     from universal_gcl.sources.arguments import SourceArguments
     from universal_gcl.sources.pairs import load_pairs
@@ -60,7 +59,7 @@ def embed(
     if modality is None:
         if not data.endswith(".jsonl"):
             raise ValueError(f"{data} is not a .jsonl file of rows. For captioned images, set --modality to i, t or it")
-        rows: Sequence[tuple[str, dict]] = read_rows(data, image_root)[:limit]
+        rows: Rows = read_rows(data, image_root)[:limit]
     else:
         rows = PairRows(load_pairs(SourceArguments(data, split=split, limit=limit, image_root=image_root)), modality)
     encoder = GCLModel.from_encoder(model, revision=revision).eval()

@@ -16,9 +16,10 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Sequence
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from transformers.utils import logging
@@ -39,10 +40,18 @@ _MAX_ENCODERS = 8
 _NO_CONTENT = bytes(16)  # hash of a row that can't be read
 
 
+class Rows(Protocol):
+    """A sequence of rows: `rows[number]` is an id with its row, and `len(rows)` the number of rows."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> tuple[str, dict]: ...
+
+
 def embed_rows(
     model: GCLModel,
     processor: GCLProcessor | None,
-    rows: Sequence[tuple[str, dict]],
+    rows: Rows,
     folder: str | Path,
     *,
     batch_size: int = 64,
@@ -103,13 +112,13 @@ def embed_rows(
     _check_manifest(folder, manifest)
     shown = show_progress and processes.rank == 0
     contents, unreadable, ids = _read_contents(rows, processes, on_error, shown)
-    if processes.rank == 0:
+    if ids is not None:  # on process 0
         _check_unique(ids)
     hashes = {"contents": hashlib.sha256(contents.tobytes()).hexdigest()}
     hashes["ids"] = processes.gather(ids and hashlib.sha256(json.dumps(ids).encode()).hexdigest())[0]
     manifest |= {"rows": len(rows), **hashes}
     _check_manifest(folder, manifest)
-    first, vector_of = _unique(contents, ids) if processes.rank == 0 else (None, None)
+    first, vector_of = (None, None) if ids is None else _unique(contents, ids)
     first = processes.gather(first)[0]
     paths = shard_paths(folder, -(-len(first) // shard_rows))
     # process 0 starts to write only after all processes have looked at the folder
@@ -124,7 +133,7 @@ def embed_rows(
     job = _Job(rows, encode, paths, first, shard_rows, on_error)
     job.run(missing[processes.rank :: processes.size], len(paths) - len(missing), num_workers, processes, shown)
     processes.gather(None)
-    if processes.rank == 0:
+    if ids is not None and vector_of is not None:  # on process 0
         _finish(folder, manifest, paths, ids, unreadable, first, vector_of)
     processes.gather(None)
     return _open(folder, on_error)
@@ -163,7 +172,7 @@ def _check_manifest(folder: Path, manifest: dict) -> None:
 
 
 def _read_contents(
-    rows: Sequence[tuple[str, dict]], processes: Processes, on_error: str, shown: bool
+    rows: Rows, processes: Processes, on_error: str, shown: bool
 ) -> tuple[np.ndarray, dict[int, str], list[str] | None]:
     """
     Hash the contents of all rows. Each process reads a part of the rows.
@@ -202,11 +211,11 @@ def _read_contents(
                 if why is not None:
                     unreadable[number] = why
             progress.update(len(numbers))
-    ids = processes.collect(ids)
-    hashes = b"".join(processes.gather(b"".join(hashes)))
+    parts = processes.collect(ids)
+    all_hashes = b"".join(processes.gather(b"".join(hashes)))
     unreadable = {number: why for part in processes.gather(unreadable) for number, why in part.items()}
-    contents = np.frombuffer(hashes, dtype=np.uint8).reshape(-1, 16)
-    return contents, unreadable, None if ids is None else [name for part in ids for name in part]
+    contents = np.frombuffer(all_hashes, dtype=np.uint8).reshape(-1, 16)
+    return contents, unreadable, None if parts is None else [name for part in parts for name in part]
 
 
 def _reason(error: Exception, number: int) -> str:
@@ -217,8 +226,7 @@ def _reason(error: Exception, number: int) -> str:
 def _check_unique(ids: list[str]) -> None:
     if len(set(ids)) == len(ids):
         return
-    seen: set[str] = set()
-    twice = sorted({name for name in ids if name in seen or seen.add(name)})
+    twice = sorted(name for name, count in Counter(ids).items() if count > 1)
     named = ", ".join(map(repr, twice[:5])) + (", …" if len(twice) > 5 else "")
     raise ValueError(f"{len(twice)} ids occur more than once: {named}; give each row its own id")
 
@@ -294,7 +302,7 @@ class _Job:
 
     def __init__(
         self,
-        rows: Sequence[tuple[str, dict]],
+        rows: Rows,
         encode: _Encoder,
         paths: list[Path],
         first: np.ndarray,

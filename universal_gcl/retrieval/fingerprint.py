@@ -5,6 +5,7 @@ import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -20,7 +21,7 @@ _NOT_CONTENT = {
 }  # fmt: skip
 
 
-def model_fingerprint(model: PreTrainedModel, processor: GCLProcessor | None) -> dict[str, str | None]:
+def model_fingerprint(model: PreTrainedModel, processor: GCLProcessor | None) -> dict[str, Any]:
     """
     A fingerprint of a model with its processor. Embeddings may be compared if their fingerprints agree (`same_model`).
 

@@ -45,9 +45,12 @@ class Run:
 
     def save(self, path: str | Path) -> None:
         """Write the run to one safetensors file."""
-        tensors = {"candidates": self.candidates.astype(np.int64), "scores": self.scores.astype(np.float32)}
+        tensors: dict[str, np.ndarray] = {
+            "candidates": self.candidates.astype(np.int64),
+            "scores": self.scores.astype(np.float32),
+        }
         # the size of the header is limited, so the ids are tensors
-        tensors |= {name: _as_bytes(getattr(self, name)) for name in ("query_ids", "candidate_ids")}
+        tensors |= {"query_ids": _as_bytes(self.query_ids), "candidate_ids": _as_bytes(self.candidate_ids)}
         metadata = {"format": str(FORMAT), "manifest": json.dumps(self.manifest)}
         write_whole(Path(path), lambda file: file.write(save(tensors, metadata=metadata)))
 
@@ -113,13 +116,12 @@ def search(queries: Store, pools: Store | Sequence[Store], k: int, *, device: st
         queries.check_model(pool)
     _check_ids_differ(pools)
     vectors = torch.from_numpy(queries.vectors[:].astype(np.float32)).to(device)
-    scores, rows, start = [], [], 0
+    found, start = [], 0
     for pool in pools:
-        found = _search_one(vectors, pool, k)
-        scores.append(found[0])
-        rows.append(np.where(found[1] < 0, -1, found[1] + start))
+        scores, rows = _search_one(vectors, pool, k)
+        found.append((scores, np.where(rows < 0, -1, rows + start)))
         start += len(pool)
-    scores, rows = np.concatenate(scores, axis=1), np.concatenate(rows, axis=1)
+    scores, rows = (np.concatenate(parts, axis=1) for parts in zip(*found))
     if len(pools) > 1:
         scores, rows = _best(scores, rows, _id_ranks(pools, rows), k)
     width = min(k, sum(int((pool.rows >= 0).sum()) for pool in pools))

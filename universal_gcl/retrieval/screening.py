@@ -13,7 +13,7 @@ For a query q, a candidate x is discarded only if a bound proves that x is not a
   similar.
 - The candidates seen so far give a lower bound for the k-th best score of the query. x is discarded if its upper bound
   is below that. The candidates that remain are scored in float32 and compared again. Those that then remain, few more
-  than k, are scored like in `exact_top_k`.
+  than k, are scored as in `exact_top_k`.
 
 So the result equals that of `exact_top_k` bit for bit, on any pool. μ, s and d only affect how many candidates remain.
 If too many remain (for example because thousands of candidates are equal), the query is compared exactly with the whole
@@ -213,7 +213,7 @@ class _Screen:
             for block in chunk.blocks:
                 products = self._products(part, block)
                 guess = torch.addcmul(products.amax(dim=1).float(), weight, block.bounds[2])
-                guess.masked_fill_(block.place[-1] == chunk.count, -torch.inf)  # not groups with padding in them
+                guess.masked_fill_(block.place[-1] == chunk.size, -torch.inf)  # not groups with padding in them
                 value, group = guess.topk(min(k, guess.shape[1]), dim=1)
                 scores = products.gather(2, group[:, None].expand(-1, _GROUP, -1))
                 scores = scores + weight[..., None] * block.along[:, group].transpose(0, 1)
@@ -255,7 +255,7 @@ class _Screen:
                 found.append(torch.stack([part[at[pair]], block.place[member, group[pair]]]))
         crowded = torch.cat(too_many).unique() if too_many else torch.empty(0, dtype=torch.int64, device=lower.device)
         pairs = torch.cat(found, dim=1) if found else crowded.new_empty(2, 0)
-        pairs = pairs[:, pairs[1] < chunk.count]
+        pairs = pairs[:, pairs[1] < chunk.size]
         return (pairs[:, ~torch.isin(pairs[0], crowded)] if len(crowded) else pairs), crowded
 
     def _parts_of_queries(self) -> Sequence[torch.Tensor]:
@@ -282,7 +282,7 @@ class _Chunk(NamedTuple):
 
     blocks: list[_Block]
     slack: torch.Tensor  # (Q,) float64: largest difference between a score and its float32 product
-    count: int
+    size: int
 
 
 class _Results:

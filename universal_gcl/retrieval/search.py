@@ -85,7 +85,7 @@ def check_inputs(queries: Matrix, candidates: Matrix, k: int, chunk_size: int) -
     return queries, candidates
 
 
-def as_tensor(matrix: torch.Tensor | np.ndarray) -> torch.Tensor:
+def as_tensor(matrix: Matrix) -> torch.Tensor:
     """A matrix as a tensor without a gradient. Arrays are copied: torch warns about memory-mapped files (read-only)."""
     return matrix.detach() if isinstance(matrix, torch.Tensor) else torch.from_numpy(np.array(matrix))
 

@@ -7,7 +7,7 @@ files.
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,27 +245,29 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(text_lines(path), start=1):
         if line.strip():
             place = f"{path}, line {number}"
-            yield place, _parse_json(line, lambda _, place=place: place)
+            yield place, _parse_json(line, path, number)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    entries = _parse_json("".join(text_lines(path)), lambda line: f"{path}, line {line}")
+    entries = _parse_json("".join(text_lines(path)), path)
     if not isinstance(entries, list):
         raise DataError(f"{path}: expected a list of entries, as in LLaVA-Pretrain, got a {type(entries).__name__}")
     for number, entry in enumerate(entries):
         yield f"{path}, entry {number}", entry
 
 
-def _parse_json(text: str, where: Callable[[int], str]) -> object:
-    """Parse JSON. For an error, `where(line)` gives the place that the message names."""
+def _parse_json(text: str, path: Path, line: int | None = None) -> object:
+    """Parse JSON from line `line` of a file, or from the whole file if it is None."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where(error.lineno)}: not valid JSON ({error.msg}); is the file cut off?") from error
+        raise DataError(
+            f"{path}, line {line or error.lineno}: not valid JSON ({error.msg}); is the file cut off?"
+        ) from error
     except RecursionError as error:
-        raise DataError(f"{where(1)}: the JSON is nested too deeply; correct the row") from error
+        raise DataError(f"{path}, line {line or 1}: the JSON is nested too deeply; correct the row") from error
     except ValueError as error:  # a number with thousands of digits
-        raise DataError(f"{where(1)}: the JSON can't be read ({error}); correct the row") from error
+        raise DataError(f"{path}, line {line or 1}: the JSON can't be read ({error}); correct the row") from error
 
 
 def _first_answer(conversation: object, place: str) -> object:

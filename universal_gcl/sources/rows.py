@@ -4,7 +4,6 @@ They come from a file that lists them (`read_rows`) or from captioned images (`P
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
@@ -63,7 +62,7 @@ def read_rows(path: str | Path, image_root: str | Path | None = None) -> list[tu
     return rows
 
 
-class PairRows(Sequence):
+class PairRows:
     """
     The rows of one modality of captioned images. A row is made when it is read.
 

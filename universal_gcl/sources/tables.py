@@ -131,8 +131,7 @@ def pairs_from_table(
     ]
     pairs = table.select_columns([image_column]).rename_columns({image_column: "image"})
     pairs = pairs.cast_column("image", FEATURES["image"])
-    stored = _stored(pairs)
-    files = {row: _file(path, f"{place}, row {row}", root) for row, path in enumerate(stored) if path is not True}
+    files = {row: _file(path, f"{place}, row {row}", root) for row, path in _paths_of_files(pairs).items()}
     texts = datasets.Dataset.from_dict(
         {"id": ids, "captions": captions},
         features=datasets.Features({key: FEATURES[key] for key in ("id", "captions")}),
@@ -180,12 +179,12 @@ def _values(table: datasets.Dataset, column: str | None) -> list:
     return [None] * len(table) if column is None else table.select_columns([column]).to_dict()[column]
 
 
-def _stored(pairs: datasets.Dataset) -> list[bool | str | None]:
-    """For each row True if the image's bytes are in the table, else the path of the image or None. Reads no image."""
+def _paths_of_files(pairs: datasets.Dataset) -> dict[int, str | None]:
+    """Row → path (or None), for the rows whose image is not stored in the table. Reads no image."""
     images = pairs.data.column("image")
     sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(images, "bytes")).to_pylist()
     paths = pyarrow.compute.struct_field(images, "path").to_pylist()
-    return [True if size else path for size, path in zip(sizes, paths)]
+    return {row: path for row, (size, path) in enumerate(zip(sizes, paths)) if not size}
 
 
 def _file(path: str | None, place: str, root: Path | None) -> str | None:
