@@ -126,9 +126,9 @@ def test_two_data_sets_share_a_root(tmp_path):
     write_pairs(make_pairs([4] * 3), tmp_path, name="first", dataset_id=10)
     queries = write_queries(tmp_path / "queries.jsonl", COMPOSED[:1])
     for name, dataset_id, message in (
-        ("first", 11, "has a data set first already"),
-        ("second", 10, "mbeir_first_task0_cand_pool.jsonl, line 1 has the dataset_id 10 already"),
-        ("se/cond", 11, "the name 'se/cond' must be"),
+        ("first", 11, "already has a data set first"),
+        ("second", 10, "mbeir_first_task0_cand_pool.jsonl, line 1 already has the dataset_id 10"),
+        ("se/cond", 11, "the name 'se/cond' must consist of letters"),
         ("second", 9, "dataset_id 9 is one of M-BEIR's own: choose 10 or more"),
     ):
         with pytest.raises(DataError, match=message):
@@ -152,9 +152,9 @@ def test_two_data_sets_share_a_root(tmp_path):
     [
         ({"targets": ["p9"]}, "line 2: there is no image 'p9'"),
         ({"ref": "p9"}, "line 2: there is no image 'p9'"),
-        ({"ref": "p1"}, "line 2: 'p1' is among its own targets"),
-        ({"targets": []}, "line 2: targets must be ids, at least one, none twice"),
-        ({"targets": ["p1", "p1"]}, "line 2: targets must be ids, at least one, none twice"),
+        ({"ref": "p1"}, "line 2: 'p1' is one of its own targets"),
+        ({"targets": []}, "line 2: targets must be one or more different ids"),
+        ({"targets": ["p1", "p1"]}, "line 2: targets must be one or more different ids"),
         ({"text": " "}, "line 2: expected"),
         ({"ref": None}, "line 2: expected"),
         ("cut", "line 2: not valid JSON"),
@@ -173,8 +173,10 @@ def test_bad_queries_are_named_and_nothing_is_written(query, message, tmp_path):
 
 
 def test_bad_pairs_are_named(tmp_path):
-    with pytest.raises(DataError, match="pair 'p1' has 3 captions, not 4 or more"):
+    with pytest.raises(DataError, match="pair 'p1' has 3 captions, but needs 4 or more"):
         write_pairs(make_pairs([4, 3]), tmp_path, name="made", dataset_id=10)
+    with pytest.raises(DataError, match="there are no pairs to write"):
+        write_pairs([], tmp_path, name="made", dataset_id=10)
     cut = BytesIO()
     Image.effect_noise((64, 64), 50).save(cut, "JPEG")
     for content in (b"no image", cut.getvalue()[:-500]):

@@ -211,7 +211,7 @@ def test_padding_is_told(tmp_path, tokenizer):
     middle = random_state(heads=(1, 0, 1), mlps=(9, 0, 9))
     (tmp_path / "middle").mkdir()
     converted = assert_equals_reference(middle, tmp_path / "middle", tokenizer, True, tinyclip_names, quick_gelu=True)
-    assert any("layers [1] are pruned whole" in note for note in converted.notes)
+    assert any("layers [1] are pruned completely" in note for note in converted.notes)
     assert CLIPModel.from_pretrained(converted.folder).config.vision_config.num_hidden_layers == 2
 
 
@@ -254,7 +254,7 @@ def test_the_activation_is_not_guessed(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="pass --quick-gelu .* or --config open_clip_config.json"):
         convert(random_state(), tmp_path, tokenizer)
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_config(random_state(), True)}))
-    with pytest.raises(ValueError, match="which lies there"):
+    with pytest.raises(ValueError, match="which is in the same folder"):
         convert(random_state(), tmp_path, tokenizer)
     options = {"config": tmp_path / "open_clip_config.json"}
     assert_equals_reference(random_state(), tmp_path, tokenizer, True, **options)

@@ -113,7 +113,7 @@ def test_trained_in_4_bits_it_is_merged_with_the_whole_base(tmp_path):
 
 def test_a_training_that_changed_nothing_is_told(base, tmp_path):
     model = add_lora(GCLModel.from_pretrained(base), LoraArguments(), str(base))
-    with pytest.raises(ValueError, match="training has changed nothing.*Raise learning_rate"):
+    with pytest.raises(ValueError, match="training changed nothing.*Raise learning_rate"):
         save_with_adapter(tmp_path, model, tiny_processor("clip"), weight_checksums(base))
 
 
@@ -121,7 +121,7 @@ def test_an_adapter_that_loads_as_another_is_told(base, tmp_path, monkeypatch):
     model = trained(base)
     other = add_lora(GCLModel.from_pretrained(base), LoraArguments(r=4), str(base))
     monkeypatch.setattr("universal_gcl.publishing.adapter.load_adapter", lambda folder: other.eval())
-    with pytest.raises(ValueError, match="the adapter in .* is not what was trained"):
+    with pytest.raises(ValueError, match="the adapter in .* differs from the model that was trained"):
         save_with_adapter(tmp_path, model, tiny_processor("clip"), weight_checksums(base))
 
 
@@ -145,7 +145,7 @@ def test_an_adapter_that_is_cut_off_is_refused(copy):
     path = copy / "adapter" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
     for refuse in (load_adapter, lambda adapter: push_folder(adapter.parent, "org/tuned", token=TOKEN)):
-        with pytest.raises(ValueError, match="adapter_model.safetensors is damaged or cut off|does not fit .*fully"):
+        with pytest.raises(ValueError, match="adapter_model.safetensors is damaged or|does not fit .*fully"):
             refuse(copy / "adapter")
 
 
@@ -174,7 +174,7 @@ def test_what_is_no_adapter_is_refused(copy, base):
     (copy / "adapter" / "base.json").unlink()
     with pytest.raises(ValueError, match="does not say which weights its adapter is for"):
         load_adapter(copy / "adapter", str(base))
-    with pytest.raises(ValueError, match="not complete: there is no adapter/base.json"):
+    with pytest.raises(ValueError, match="not complete: it lacks adapter/base.json"):
         push_folder(copy, "org/tuned", token=TOKEN)
 
 
@@ -223,9 +223,9 @@ def test_a_base_on_the_hub_must_be_the_right_one(copy, base, hub, tmp_path):
             push_folder(copy, "org/third", token=TOKEN, **options)
         assert state == {name: len(commits) for repo in hub.repos for name, commits in hub.repos[repo].items()}
 
-    refused("is for another base than org/first on the Hub", adapter_base_id="org/first")
-    refused("org/absent, the base of the adapter in .* is not on the Hub: name it by --adapter-base", "org/absent")
-    refused(r"the base of the adapter in .*/gone, is gone: name one on the Hub by --adapter-base", "/gone")
+    refused("was trained on another base than org/first on the Hub", adapter_base_id="org/first")
+    refused("org/absent, the base of the adapter in .*, is not on the Hub: pass its id", "org/absent")
+    refused(r"the base of the adapter in .*/gone, no longer exists: pass one on the Hub with --adapter-base", "/gone")
     other = shutil.copytree(base, tmp_path / "other")
     (other / "model.safetensors").write_bytes(b"other weights")
-    refused("is for another base than .*/other holds now: train it again", str(other))
+    refused("the weights in .*/other have changed since .*: train it again", str(other))

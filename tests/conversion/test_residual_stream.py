@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import layer_norm
 
-from universal_gcl.conversion.stream_width import widen_stream
+from universal_gcl.conversion.residual_stream import widen_stream
 
 EPS = 1e-5
 
