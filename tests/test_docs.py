@@ -19,12 +19,11 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 from typer.main import get_command
 
-import train
 from tests.support import doc_pages
 from tests.support.backbones import random_image, tiny_model, tiny_processor
 from tests.support.doc_pages import PAGES, ROOT, blocks, broken_links, lost_code
 from tests.support.training_runs import write_parquet
-from universal_gcl import cli
+from universal_gcl import cli, train
 from universal_gcl.publishing.model_folder import save_model_folder
 from universal_gcl.sources.pairs import read_source
 from universal_gcl.training.recipe import parse_recipe

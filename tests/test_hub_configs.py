@@ -9,9 +9,9 @@ import pytest
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-import train
 from modeling_gcl import GCLModel
 from tests.support.backbones import random_image, tiny_model, tiny_processor
+from universal_gcl import train
 from universal_gcl.training.batch_plan import accumulation_for
 from universal_gcl.training.recipe import parse_recipe
 

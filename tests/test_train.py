@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train
 from modeling_gcl import GCLModel, GCLProcessor
 from tests.support.backbones import random_image
 from tests.support.doors import run_outside
 from tests.support.hub_on_loopback import TOKEN
+from universal_gcl import train
 from universal_gcl.evaluation.pairs.measure import evaluate_pairs
 from universal_gcl.publishing.hub_folder import files_for
 from universal_gcl.publishing.push import check_folder

@@ -41,7 +41,7 @@ def steps():
 
 
 def training(arguments):
-    import train
+    from universal_gcl import train
     from universal_gcl.training.trainer import GCLTrainer
 
     training_step = GCLTrainer.training_step

@@ -58,7 +58,8 @@ def test_shared_out_work_trains_as_one_process(kind, one_process, tmp_path):
 def test_train_py_runs_from_the_shipped_fsdp2_config(recipe, tmp_path):
     """One writer, a folder that loads by its own code, evaluation before and after."""
     (tmp_path / "train_on_gloo.py").write_text(
-        "import sys\nimport gloo_as_gpus, train\ngloo_as_gpus.install()\ntrain.main(sys.argv[1:])\n"
+        "import sys\nfrom tests.distributed import gloo_as_gpus\nfrom universal_gcl import train\n"
+        "gloo_as_gpus.install()\ntrain.main(sys.argv[1:])\n"
     )
     config = ROOT / "hub_configs" / "accelerate" / "fsdp2.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file", config]

@@ -1,6 +1,6 @@
 """usage: compile_triton.py: compile the Triton kernels as for a GPU, and print what they take of it, as JSON lines.
 
-Needs no GPU, but the NVIDIA tools that Triton brings. Run by `test_triton_gcl.py`.
+Needs no GPU, but the NVIDIA tools that Triton brings. Run by `test_kernels.py`.
 """
 
 import json

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from tests.support.open_clip_states import clip_like_tokenizer
 from universal_gcl.evaluation.environment import collect_environment
 from universal_gcl.evaluation.pairs.embeddings import MODALITIES, PairEmbeddings
 from universal_gcl.evaluation.pairs.measure import evaluate_embeddings
@@ -68,11 +67,3 @@ def facts():
         results_before=evaluate_random(noise=1.5),
         results_after=evaluate_random(noise=0.5),
     )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    """A folder with CLIP's kind of tokenizer."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    clip_like_tokenizer().save_pretrained(folder)
-    return folder

@@ -1,6 +1,6 @@
 """The losses of `modeling_gcl.loss` with every logit held at once, by plain autograd: the oracle of the tiles.
 
-Same arguments and results. Compared in float64; `test_loss_gcl.py` holds the losses against slower loops.
+Same arguments and results. Compared in float64; `test_loss.py` holds the losses against slower loops.
 """
 
 from functools import wraps

@@ -1,6 +1,6 @@
 """The Triton kernels under Triton's interpreter against every logit held at once in float64.
 
-Run by `test_triton_gcl.py` in a process of its own: TRITON_INTERPRET=1 must be set before triton is imported.
+Run by `test_kernels.py` in a process of its own: TRITON_INTERPRET=1 must be set before triton is imported.
 """
 
 from itertools import combinations_with_replacement
