@@ -220,7 +220,8 @@ class _Pool:
     """The candidates of one modality."""
 
     def __init__(self, data: _DataSet, task: MBEIRTask):
-        self.data, self.task, self.rows = data, task, []
+        self.data, self.task = data, task
+        self.rows: list[dict] = []
 
     def add(self, source: str, *, text: str | None = None, image: str | None = None) -> str:
         """Adds a candidate; returns its id."""
@@ -234,7 +235,9 @@ class _Test:
     """The queries of one task and their right candidates."""
 
     def __init__(self, data: _DataSet, task: MBEIRTask):
-        self.data, self.task, self.rows, self.qrels = data, task, [], []
+        self.data, self.task = data, task
+        self.rows: list[dict] = []
+        self.qrels: list[str] = []
 
     def add(self, source: str, positives: list[str], *, text: str | None = None, image: str | None = None) -> None:
         """Adds a query and the ids of its right candidates."""

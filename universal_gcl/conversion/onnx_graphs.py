@@ -162,10 +162,11 @@ def name_axes(program: torch.onnx.ONNXProgram) -> int | None:
     Returns:
         The longest text that the traced code takes; None if there is no such axis or no bound.
     """
-    shapes = [value.shape for value in program.model.graph.inputs]
-    batch = {shape[0] for shape in shapes}
+    shapes = [value.shape for value in program.model.graph.inputs if value.shape is not None]
+    batch = {shape[0] for shape in shapes if not isinstance(shape[0], int)}
     length = {shape[1] for shape in shapes if not isinstance(shape[1], int)}
-    program.rename_axes(dict.fromkeys(batch, "batch") | dict.fromkeys(length, "text_length"))
+    program.rename_axes({**dict.fromkeys(batch, "batch"), **dict.fromkeys(length, "text_length")})
+    assert program.exported_program is not None  # `export` made it
     upper = {str(symbol): value.upper for symbol, value in program.exported_program.range_constraints.items()}
     bounds = [upper[axis.value] for axis in length if axis.value in upper]
     return int(bounds[0]) if bounds and bounds[0].is_finite else None

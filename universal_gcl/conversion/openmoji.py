@@ -123,5 +123,5 @@ def rasterise_with_resvg(svg: str, size: int) -> bytes:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python -m universal_gcl.conversion.openmoji PACKAGE_DIR OUT_DIR")
-    for what, count in write_openmoji(*sys.argv[1:]).items():
+    for what, count in write_openmoji(sys.argv[1], sys.argv[2]).items():
         print(f"{count:6d} {what}")

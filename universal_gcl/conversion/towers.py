@@ -14,6 +14,7 @@ import hashlib
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -166,7 +167,7 @@ def package_file(package: str, relative_path: str) -> Path:
         raise ModuleNotFoundError(f"the package {package} is not installed; {remedy}") from error
     if installed.version != PACKAGE_VERSION:
         raise ModuleNotFoundError(f"{package} is installed as {installed.version}, not {PACKAGE_VERSION}; {remedy}")
-    path = Path(installed.locate_file(relative_path))
+    path = Path(str(installed.locate_file(relative_path)))
     if not path.is_file():
         raise ModuleNotFoundError(f"the package {package} lacks its file {path}; {remedy} --force-reinstall")
     with path.open("rb") as file:
@@ -181,13 +182,14 @@ def package_file(package: str, relative_path: str) -> Path:
 
 def image_tower_config(image_size: int) -> EfficientNetConfig:
     """EfficientNet-Lite0 as a configuration of transformers' EfficientNet."""
+    # VisionTextDualEncoder reads hidden_size, EfficientNet itself hidden_dim
+    widths: dict[str, Any] = {"hidden_dim": 1280, "hidden_size": 1280}
     return EfficientNetConfig(
+        **widths,
         width_coefficient=1.0,
         depth_coefficient=1.0,
         image_size=image_size,
         hidden_act="relu6",
-        hidden_dim=1280,
-        hidden_size=1280,  # VisionTextDualEncoder reads it; EfficientNet itself reads hidden_dim
         # PyTorch's momentum is 1 - TensorFlow's: transformers' default, 0.99, would keep almost only the last batch
         batch_norm_momentum=0.01,
         # the weights were trained with whole branches dropped, but transformers would drop single activations

@@ -12,9 +12,10 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import BertConfig, XLMRobertaConfig
+from transformers import BertConfig, PreTrainedConfig, XLMRobertaConfig
 
 from modeling_gcl import GCLModel, GCLProcessor
 from modeling_gcl.eva02 import rotary_tables
@@ -164,7 +165,7 @@ def infer_config(state: Mapping[str, torch.Tensor]) -> VistaConfig:
     vocabulary, text_width = shape("bge_embeddings.word_embeddings.weight", 2)
     positions, _ = shape("bge_embeddings.position_embeddings.weight", 2)
     token_types, _ = shape("bge_embeddings.token_type_embeddings.weight", 2)
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": text_width,
         "num_hidden_layers": layers("bge_encoder.layer."),
@@ -174,6 +175,7 @@ def infer_config(state: Mapping[str, torch.Tensor]) -> VistaConfig:
         "type_vocab_size": token_types,
     }
     # BERT has embeddings for two types of text segments, XLM-RoBERTa for one
+    text_config: PreTrainedConfig
     if token_types == 1:
         text_config = XLMRobertaConfig(**text, pad_token_id=1, layer_norm_eps=1e-5)
     else:

@@ -86,7 +86,7 @@ def push_folder(
     base_id: str | None = None
     changed: dict[str, bytes] = {}
     if (folder / ADAPTER_FOLDER).is_dir():
-        base_id = _base_on_hub(folder / ADAPTER_FOLDER, adapter_base_id, repo_id, private, api)
+        base_id = _base_on_hub(folder / ADAPTER_FOLDER, adapter_base_id, repo_id, private, token)
         changed[f"{ADAPTER_FOLDER}/{ADAPTER_CONFIG}"] = _with_base(folder / ADAPTER_FOLDER, base_id)
     files = _files(folder, repo_id, base_id) | changed
     _retry(lambda: api.create_repo(repo_id, private=private, exist_ok=True), repo_id)
@@ -131,7 +131,7 @@ def _check_card(card: Path | bytes) -> None:
         raise ValueError(f"the metadata at the top of README.md can't be read: {error}. Nothing was pushed") from error
 
 
-def _base_on_hub(adapter: Path, base_id: str | None, repo_id: str, private: bool, api: HfApi) -> str:
+def _base_on_hub(adapter: Path, base_id: str | None, repo_id: str, private: bool, token: str) -> str:
     """Hub id of the adapter's base. A local base is pushed first; its weights must be those of the adapter's training.
 
     Raises:
@@ -140,7 +140,7 @@ def _base_on_hub(adapter: Path, base_id: str | None, repo_id: str, private: bool
     base, checksums = adapter_base(adapter), read_base_checksums(adapter)
     folder = Path(base) if Path(base).is_absolute() else None
     base_id = base_id or (f"{repo_id}-base" if folder else base)
-    held = _retry(lambda: _weights_on_hub(api, base_id), base_id)
+    held = _retry(lambda: _weights_on_hub(HfApi(token=token), base_id), base_id)
     if held == checksums:
         return base_id
     if held is not None:
@@ -161,17 +161,17 @@ def _base_on_hub(adapter: Path, base_id: str | None, repo_id: str, private: bool
         raise ValueError(
             f"the weights in {folder} have changed since the adapter in {adapter} was trained on them: train it again"
         )
-    push_folder(folder, base_id, private=private, message=f"Upload the base of {repo_id}", token=api.token)
+    push_folder(folder, base_id, private=private, message=f"Upload the base of {repo_id}", token=token)
     return base_id
 
 
 def _weights_on_hub(api: HfApi, repo_id: str) -> dict[str, str] | None:
     """SHA-256 of each weight file of a repository, by name; None if there is no such repository."""
     try:
-        files = [item for item in api.list_repo_tree(repo_id) if isinstance(item, RepoFile) and item.lfs]
+        files = [item for item in api.list_repo_tree(repo_id) if isinstance(item, RepoFile)]
     except RepositoryNotFoundError:
         return None
-    return {file.path: file.lfs.sha256 for file in files if file.path.endswith(".safetensors")}
+    return {file.path: file.lfs.sha256 for file in files if file.lfs and file.path.endswith(".safetensors")}
 
 
 def _with_base(adapter: Path, base_id: str) -> bytes:

@@ -8,6 +8,7 @@ normalises the results. All rows of a call must have the same modality:
 
 import json
 from pathlib import Path
+from typing import Any
 
 from modeling_gcl import GCLProcessor
 
@@ -37,7 +38,7 @@ def write_sentence_transformers_files(folder: str | Path, processor: GCLProcesso
         "module_output_name": "sentence_embedding",
         "processing_kwargs": {"text": {"padding": processor.text_padding, "truncation": True}},
     }
-    model = {
+    model: dict[str, Any] = {
         "model_type": "SentenceTransformer",
         "prompts": {},
         "default_prompt_name": None,
