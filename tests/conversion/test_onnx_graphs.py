@@ -1,5 +1,7 @@
-"""ONNX graphs equal the model for any batch and text length; what can't be exported is refused. A CLIP with gates and
-centring goes through the command in test_doors.py."""
+"""ONNX graphs give the model's embeddings for any batch and text length; what can't be exported is refused.
+
+tests/publishing/test_doors.py runs the command, on a CLIP with gates and centring.
+"""
 
 import sys
 from dataclasses import replace
@@ -30,7 +32,7 @@ def check(session, model, processor, modality, longest, batch):
 
 
 def one_layer(name):
-    """Traced in half the time."""
+    """A model with one layer per tower, which is traced in half the time."""
     family = FAMILIES[name]
     text, layer = family.text, {"num_hidden_layers": 1}
     text = (text[0], text[1] | layer) if isinstance(text, tuple) else text | layer
@@ -58,9 +60,9 @@ def test_native_fusion(tmp_path):
     for batch in (1, 4):
         check(session, model, processor, "fused", 12, batch)
     too_long = processor(images=[random_image(0)], text=[TEXTS[2] * 3], return_tensors="np")
-    with pytest.raises((RuntimeException, InvalidArgument)):  # no wrong vector
+    with pytest.raises((RuntimeException, InvalidArgument)):  # rather than a wrong vector
         session.run(None, dict(too_long))
-    # a graph of other weights than the model's is found out
+    # a graph with other weights than the model is refused
     with torch.no_grad():
         model.encoder.visual_projection.weight.neg_()
     with pytest.raises(ValueError, match=r"fused.onnx differs from the model by"):

@@ -1,4 +1,4 @@
-"""gcl convert open-clip: open_clip's and TinyCLIP's features from a CLIPModel folder."""
+"""gcl convert open-clip: the CLIPModel gives the features of open_clip and TinyCLIP."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ IDS = torch.tensor([[1, 5, 7, END, END, END, END], [1, 3, 4, 2, 6, END, 0], [1, 
 def features(folder, pixels, input_ids):
     model = CLIPModel.from_pretrained(folder).eval()
     image = model.get_image_features(pixels).pooler_output
-    mask = torch.arange(input_ids.shape[1]) <= input_ids.argmax(1, keepdim=True)  # as a tokenizer marks the padding
+    mask = torch.arange(input_ids.shape[1]) <= input_ids.argmax(1, keepdim=True)  # as a tokenizer's mask
     return image, model.get_text_features(input_ids, attention_mask=mask.long()).pooler_output
 
 
@@ -149,7 +149,7 @@ def test_every_wrapper_and_format(tmp_path, tokenizer):
 
 
 def test_pads_of_either_kind_pool_alike(tmp_path):
-    """open_clip pads with 0, transformers' tokenizer with end of text: the first end of text counts."""
+    """open_clip pads with 0, transformers' tokenizer with the end-of-text token; the first one is pooled."""
     for pad in ("<pad>", "<end>"):
         clip_like_tokenizer(pad).save_pretrained(tmp_path / pad)
         (tmp_path / f"out{pad}").mkdir()

@@ -1,4 +1,4 @@
-"""gcl convert open-clip: what it refuses, by name, without running a file's code or leaving anything."""
+"""gcl convert open-clip: the files that it refuses. It names the reason, runs no code and leaves nothing behind."""
 
 import os
 
@@ -12,7 +12,7 @@ from universal_gcl.conversion.open_clip import convert_open_clip
 
 
 def changed(**tensors):
-    """A state dict with other tensors, None for none; `__` stands for a dot."""
+    """`random_state` with some tensors replaced, or removed if None; `__` in a name stands for a dot."""
     state = random_state()
     for key, tensor in tensors.items():
         state[key.replace("__", ".")] = tensor

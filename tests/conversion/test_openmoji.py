@@ -1,4 +1,4 @@
-"""The rasteriser on a made-up package of a few SVGs, the caption rules by hand, and the shipped files as they are."""
+"""The drawing of a made-up package of a few SVGs, the caption rules by hand, and the files in the repository."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A GCL-tuned CLIP is a CLIPModel again, temperature included, and nothing is lost without a word."""
+"""A GCL-tuned CLIP becomes a CLIPModel with its temperature; a model that would lose something is refused."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from universal_gcl.publishing.model_folder import save_model_folder
 
 @pytest.fixture
 def saved(tmp_path):
-    """A function that saves a tiny model and returns both."""
+    """A function that saves a tiny model and returns the model and its folder."""
 
     def save(name="clip", max_text_length=None, centring=False, **config):
         model, processor = tiny_model(name, **config), tiny_processor(name)
@@ -53,7 +53,7 @@ def test_features_and_logits_are_the_models_own(fusion, saved, tmp_path):
     torch.testing.assert_close(found.text_embeds, expected.text_embeds, **close)
     cosines = expected.text_embeds @ expected.image_embeds.T
     torch.testing.assert_close(found.logits_per_text, expected.logit_scale * cosines, atol=1e-5, rtol=1e-6)
-    # and back: a start for the next training, at the same temperature
+    # and back: the next training starts at the same temperature
     again = GCLModel.from_encoder(tmp_path / "clip")
     torch.testing.assert_close(again.logit_scale(), expected.logit_scale)
 

@@ -1,4 +1,4 @@
-"""The converted towers against the raw weights run by plain torch functions, and against the packages' own files."""
+"""The converted towers compared with the raw weights in plain torch functions, and with the packages' own files."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from universal_gcl import cli
 from universal_gcl.conversion import towers
 from universal_gcl.publishing.push import check_folder
 
-# EfficientNet-Lite0's blocks: (repeats, kernel size, stride of the first, expansion), from its paper's table.
+# EfficientNet-Lite0's blocks, from its paper's table: (repeats, kernel size, stride of the first, expansion)
 STAGES = [(1, 3, 1, 1), (2, 3, 2, 6), (2, 5, 2, 6), (3, 3, 2, 6), (3, 5, 1, 6), (4, 5, 2, 6), (1, 3, 1, 6)]
 
 
@@ -192,7 +192,7 @@ def test_a_folder_appears_whole_or_not_at_all(convert, tmp_path, monkeypatch):
 
 
 def test_why_sizes_are_multiples_of_32(model):
-    """At 80 px the last stride meets an odd size, where transformers pads less: the check above is needed."""
+    """At 80 px the last stride meets an odd size, where transformers pads less: this is why the check is needed."""
     raw = torch.load(towers.package_file(towers.IMAGE_PACKAGE, towers.IMAGE_WEIGHTS), weights_only=True)
     x = torch.randn(1, 3, 80, 80, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The converter of VISTA's own checkpoints: what it writes embeds as the original does, and it refuses the rest."""
+"""gcl convert vista: the model gives the original's embeddings, and damaged or foreign files are refused."""
 
 import json
 import pickle
@@ -52,7 +52,7 @@ def original(tmp_path):
 
 
 def refused(message, file, tokenizer, tmp_path):
-    """The converter says `message`, and leaves nothing behind."""
+    """Checks that the converter raises `message` and leaves nothing behind."""
     before = sorted(tmp_path.iterdir())
     with pytest.raises((ValueError, OSError), match=message) as error:
         convert_vista(file, tmp_path / "out", tokenizer=tokenizer)
@@ -96,7 +96,8 @@ def test_encode_equals_the_slow_version(variant, dtype, original, tmp_path, monk
     pixels = processor(images=[image], return_tensors="pt")["pixel_values"][0]
     ids = processor.tokenizer(text)["input_ids"]
     assert len(ids) == 6
-    long = " ".join([text] * 12)  # cut by the processor to what the text encoder takes, by the model to what fits
+    # the processor cuts the long text to the text encoder's length, the model to what fits behind an image
+    long = " ".join([text] * 12)
     cut = processor(text=[long], return_tensors="pt")["input_ids"][0].tolist()
     assert len(cut) == {"base": 40, "m3": 38}[variant]
     rows = [{"image": image, "text": text}, {"image": image}, text, {"image": image, "text": long}, long]
@@ -108,7 +109,7 @@ def test_encode_equals_the_slow_version(variant, dtype, original, tmp_path, monk
 
 
 def test_images_are_prepared_as_by_the_original(original, tmp_path):
-    """Resize's shortest side by bicubic, CenterCrop, ToTensor and Normalize of torchvision, in plain PIL and numpy."""
+    """torchvision's Resize (shortest side, bicubic), CenterCrop, ToTensor and Normalize, in plain PIL and numpy."""
     convert_vista(*original()[:1], tmp_path / "out", tokenizer=original()[1])
     image = random_image(2, size=(50, 84))
     found = AutoProcessor.from_pretrained(tmp_path / "out")(images=[image], return_tensors="pt")["pixel_values"][0]

@@ -1,4 +1,4 @@
-"""Folders onto a Hub over real HTTP: whole, in one commit, whatever the network does; and off it again."""
+"""Pushing folders to a Hub over real HTTP: completely, in one commit, despite network faults; and loading them."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def folder(model, tmp_path):
 
 @pytest.fixture
 def push(hub, monkeypatch, capfd):
-    """`push_folder` to org/clip-gcl; `waits` are the pauses that it would have made."""
+    """`push_folder` to org/clip-gcl; `push.waits` are the pauses that it would have made."""
 
     def push(folder, repo_id="org/clip-gcl", token=TOKEN, **options):
         push.waits.clear()
@@ -99,10 +99,10 @@ def test_a_branch_leaves_main_alone(hub, push, folder):
 @pytest.mark.parametrize(
     ("fault", "one_of"),
     [
-        # cut off in the middle of the weights: this retry is huggingface_hub's own; ours where an old one has none
+        # the upload of the weights breaks off: huggingface_hub retries by itself; old versions don't, so that we do
         (("PUT", "/__lfs__/", None), [1.0, 2.0]),
         (("POST", "/commit/", 503), [2.0]),
-        (("POST", "/commit/", None, "after"), [2.0]),  # committed, but the answer was lost
+        (("POST", "/commit/", None, "after"), [2.0]),  # committed, but the answer is lost
         (("POST", "/commit/", 429, {"retry-after": "7"}), [7.0]),
         (("POST", "/api/repos/create", 500), [2.0]),
     ],
