@@ -28,7 +28,10 @@ def make_pairs(n, seed=0):
     return pairs
 
 
-def make_trainer(output_dir, pairs=None, eval_pairs=None, model=None, max_broken_share=0.01, **arguments):
+def make_trainer(
+    output_dir, pairs=None, eval_pairs=None, model=None, max_broken_share=0.01, cls=GCLTrainer, own_loss=None,
+    optimizers=(None, None), **arguments,
+):  # fmt: skip
     defaults = {
         "output_dir": str(output_dir), "per_device_train_batch_size": 8, "num_train_epochs": 2, "learning_rate": 0.1,
         "optim": "sgd", "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0, "logging_steps": 1,
@@ -37,7 +40,7 @@ def make_trainer(output_dir, pairs=None, eval_pairs=None, model=None, max_broken
     training = GCLTrainingArguments(**(defaults | arguments))
     torch.manual_seed(training.seed)
     processor = tiny_processor("clip")
-    return GCLTrainer(
+    return cls(
         model=model or GCLModel.from_encoder(tiny_encoder("clip"), logit_scale_init_value=10.0),
         args=training,
         train_dataset=PairDataset([pairs or make_pairs(48)], crop_scale=[0.8, 1.0], seed=training.seed),
@@ -45,6 +48,8 @@ def make_trainer(output_dir, pairs=None, eval_pairs=None, model=None, max_broken
         data_collator=PairCollator(processor),
         processing_class=processor,
         max_broken_share=max_broken_share,
+        loss=own_loss,
+        optimizers=optimizers,
     )
 
 
