@@ -8,15 +8,9 @@ import sys
 from universal_gcl.failures import failing_together
 from universal_gcl.quiet import quiet_imports
 
-
-def main(argv: list[str]) -> None:
-    """As `universal_gcl.train.main`."""
-    quiet_imports()
-    from universal_gcl.train import main as train
-
-    train(argv)
-
-
 if __name__ == "__main__":
+    quiet_imports()
     with failing_together():
+        from universal_gcl.train import main
+
         main(sys.argv[1:])

@@ -1,6 +1,8 @@
-"""hub_configs/: the recipes on LCS-558K run for two steps with each loss, on tiny stand-ins at the paths that they name.
+"""hub_configs/: the recipes on LCS-558K run for two steps with each loss, on tiny stand-ins at the paths they name.
+
 The launches on 1, 8 and 4x8 GPUs are what accelerate reads and what the recipes' batch divides into. The recipes of
-Flickr8k, with the options of runs/flickr8k.sh, are the settings that results/ was made with."""
+Flickr8k, with the options of runs/flickr8k.sh, are the settings that results/ was made with.
+"""
 
 import json
 import re

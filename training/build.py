@@ -68,6 +68,10 @@ def build_model(arguments: ModelArguments, max_text_length: int | None) -> tuple
     Args:
         arguments: the section.
         max_text_length: where the processor cuts texts, in tokens; None leaves the encoder's own limit.
+
+    Raises:
+        OSError: the encoder is neither a folder nor a model that the Hub gives out.
+        ValueError: it can't be trained as the section says.
     """
     overrides = {
         "fusion": arguments.fusion,
@@ -76,9 +80,17 @@ def build_model(arguments: ModelArguments, max_text_length: int | None) -> tuple
         "max_logit_scale": arguments.max_logit_scale,
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    processor = GCLProcessor.from_encoder(
-        arguments.encoder, revision=arguments.revision, max_text_length=max_text_length
-    )
+    try:
+        processor = GCLProcessor.from_encoder(
+            arguments.encoder, revision=arguments.revision, max_text_length=max_text_length
+        )
+    except OSError as error:
+        if Path(arguments.encoder).exists():
+            raise
+        raise OSError(
+            f"model.encoder: there is no folder {arguments.encoder} in {Path.cwd()}, and loading it from the Hub "
+            f"failed. Check the name, or make the folder first (a comment in the recipe says how). The Hub's answer: {error}"
+        ) from error
     # always float32: in half precision, the optimiser's small steps vanish
     model = GCLModel.from_encoder(
         arguments.encoder, processor=processor, revision=arguments.revision, dtype=torch.float32, **overrides

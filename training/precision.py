@@ -39,6 +39,6 @@ def warn_if_bfloat16_is_slow(arguments: TrainingArguments) -> None:
     slowdown = bfloat16_slowdown()
     if slowdown >= SLOW:
         logger.warning(
-            f"this CPU is slow in bfloat16: a matrix product takes {slowdown:.1f} times as long as in float32. Training "
-            "goes on in bf16, as the recipe says. --bf16 false trains in float32; the figures will differ a little"
+            f"this CPU is slow in bfloat16: a matrix product takes {slowdown:.1f} times as long as in float32. "
+            "Training goes on in bf16, as the recipe says. --bf16 false trains in float32, with slightly other figures"
         )

@@ -2,7 +2,7 @@
 
     step  25/60   epoch 1.67   loss 3.2091   1/τ 14.27   lr 2.1e-04   21 pairs/s   00:42 left
 
-A line is printed for every log entry (`logging_steps`). On a terminal a bar moves below the lines with every step, unless
+A line is printed for every log entry (`logging_steps`). On a terminal, a bar below the lines moves with every step unless
 `disable_tqdm` is set. Only the first process prints.
 """
 
@@ -56,7 +56,9 @@ class StepLines(TrainerCallback):
             with tqdm.external_write_mode(file=sys.stdout):
                 print(line, flush=True)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None

@@ -2,8 +2,8 @@
 
 - `gcl train quickstart` finds a recipe by its name; `gcl train my/recipe.yaml` takes a path. A file that exists wins.
 - Relative paths in any recipe start from the working directory. Only a path under `hub_configs/` that does not exist
-  there is read from the installed package. So the quickstart's data is found everywhere, and its recipe says the same in
-  a clone and in an installation.
+  there is read from the installed package. So the quickstart's data is found everywhere, by the same recipe in a clone
+  and in an installation.
 """
 
 import difflib
@@ -43,8 +43,8 @@ def find_recipe(name: str) -> Path:
     nearest = difflib.get_close_matches(name.removeprefix(f"{FOLDER_NAME}/").removesuffix(".yaml"), names, n=1)
     hint = f" Did you mean {nearest[0]}?" if nearest else ""
     raise FileNotFoundError(
-        f"{name}: no such recipe. Give the path of a YAML file (the working directory is {Path.cwd()}), or the name of a "
-        f"recipe that comes with GCL: {', '.join(names)}.{hint}"
+        f"{name}: no such recipe. Give the path of a YAML file (the working directory is {Path.cwd()}), or the name of "
+        f"a recipe that comes with GCL: {', '.join(names)}.{hint}"
     )
 
 

@@ -1,4 +1,4 @@
-"""The `gcl` command: train, evaluate, embed and search, show an index, convert checkpoints, write cards, push to the Hub."""
+"""Universal multimodal retrieval with GCL: train, evaluate, search, convert checkpoints, push to the Hub."""
 
 from typing import Annotated
 
@@ -59,7 +59,10 @@ app.command("push")(push)
 
 
 def main() -> None:
-    """The console script. An error in what the user gave is one line, not a traceback; it ends all processes of a launch."""
+    """The console script. An error in what the user gave is one line, not a traceback.
+
+    In a launch of several processes, an error in one of them ends all.
+    """
     try:
         app()
     except Exception as error:

@@ -133,8 +133,8 @@ def check_facts(facts: CardFacts) -> None:
                 raise ValueError(f"CardFacts.{each.name} is of a training, but the facts are of a conversion")
     elif not facts.loss_description:
         raise ValueError(
-            f"the model card needs CardFacts.loss_description: it has none of its own for the loss {facts.loss!r}, only "
-            f"for {', '.join(KNOWN_LOSSES)}"
+            f"the model card needs CardFacts.loss_description for the loss {facts.loss!r}: it has its own only for "
+            f"{', '.join(KNOWN_LOSSES)}"
         )
     for key in ("n_parameters", "n_embedding_parameters", "memory_usage_mb", "max_tokens", "embed_dim"):
         if key not in facts.size:
