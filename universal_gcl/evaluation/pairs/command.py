@@ -31,7 +31,7 @@ def pairs(
     revision: Revision = None,
 ):
     """Nine-way retrieval, mixed-modality search and modality gap on image-caption pairs."""
-    from universal_gcl.evaluation.environment import collect_environment
+    from universal_gcl.evaluation.environment import collect_environment, command_line
     from universal_gcl.evaluation.pairs.measure import embed_pairs, evaluate_embeddings
     from universal_gcl.evaluation.pairs.plots import modality_pca, nine_way_heatmap
     from universal_gcl.evaluation.pairs.report import nine_way_markdown, nine_way_table
@@ -61,7 +61,7 @@ def pairs(
         session.out.mkdir(parents=True, exist_ok=True)
         settings = session.settings | {"data": data, "split": split, "limit": limit, "seed": seed}
         settings["fingerprint"] = model_fingerprint(session.model, session.processor)
-        written = {"command": "gcl evaluate pairs", **settings, "environment": collect_environment(), "after": result}
+        written = {"command": command_line(), **settings, "environment": collect_environment(), "after": result}
         write_json(session.out / "results.json", written)
         embeddings.save(session.out / "embeddings.safetensors")
         nine_way_heatmap(result, None, session.out / "nine_way.png")
