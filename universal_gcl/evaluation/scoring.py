@@ -4,10 +4,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from universal_gcl.evaluation.metrics.hit_rate.hit_rate import hit_rate_at_k
-from universal_gcl.evaluation.metrics.mrr.mrr import mrr_at_k
-from universal_gcl.evaluation.metrics.ndcg.ndcg import ndcg_at_k
-from universal_gcl.evaluation.metrics.recall.recall import recall_at_k
+from universal_gcl.evaluation.metrics import hit_rate_at_k, mrr_at_k, ndcg_at_k, recall_at_k
 from universal_gcl.retrieval.run import Run
 from universal_gcl.retrieval.store import write_whole
 

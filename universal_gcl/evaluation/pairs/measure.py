@@ -30,7 +30,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from universal_gcl.evaluation.metrics.hit_rate.hit_rate import hit_rate_at_k
+from universal_gcl.evaluation.metrics import hit_rate_at_k
 from universal_gcl.evaluation.pairs.embeddings import MODALITIES, PairEmbeddings, caption_roles, check_ids
 from universal_gcl.evaluation.pairs.gap import modality_gap, top_share
 from universal_gcl.evaluation.pairs.mixed import mixed_search

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from universal_gcl.evaluation.metrics.ndcg.ndcg import ndcg_at_k
+from universal_gcl.evaluation.metrics import ndcg_at_k
 from universal_gcl.retrieval.search import exact_top_k
 
 TOP = 10
