@@ -18,8 +18,8 @@ Returns:
 class RankingMetric(evaluate.Metric, ABC):
     """A metric of `universal_gcl.evaluation.metrics` as a module of the `evaluate` library.
 
-    It is an abstract class because `evaluate.load` takes the first class of a file that is not. So a file may import this
-    one by its name.
+    It is abstract because `evaluate.load` takes the first class of a file that is not abstract. So a file can import
+    this class by its name.
     """
 
     figure: str  # in the result: {"figure@k": …}

@@ -59,8 +59,8 @@ def mrr_at_k(predictions: Sequence[Ranking], references: Sequence[Relevant], k: 
 def ndcg_at_k(predictions: Sequence[Ranking], references: Sequence[Relevant], k: int) -> float:
     """nDCG with binary relevance, mean over queries, in 0..1, as trec_eval's `ndcg_cut` computes it for gains 0 and 1.
 
-    A relevant item at a rank gains 1 / log2(1 + rank). The sum is divided by that of an ideal ranking, which begins with
-    all relevant items, retrieved or not, up to `k`. With one relevant item, a query scores 1 / log2(1 + rank).
+    A relevant item gains 1 / log2(1 + rank). The sum of the gains is divided by that of an ideal ranking, which begins
+    with all relevant items, retrieved or not, up to `k`. With one relevant item, a query scores 1 / log2(1 + rank).
 
     Source: Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", TOIS 2002.
 
