@@ -186,8 +186,8 @@ def evaluate_embeddings(embeddings: PairEmbeddings, *, seed: int = 0) -> dict[st
 def direction_note(query: str, target: str, captions_per_pair: int) -> tuple[bool, str | None]:
     """Whether a direction can be measured with this many captions, and a note on it; no note means that it counts."""
     roles = caption_roles(captions_per_pair)
-    inputs = {"i": {"image"}, "t": {f"{roles.text_query}"}, "it": {"image", f"{roles.fused_query}"}}[query]
-    answers = {"i": {"image"}, "t": {f"{roles.first_text}"}, "it": {"image", f"{roles.fused_candidate}"}}[target]
+    inputs = {"i": {"image"}, "t": {str(roles.text_query)}, "it": {"image", str(roles.fused_query)}}[query]
+    answers = {"i": {"image"}, "t": {str(roles.first_text)}, "it": {"image", str(roles.fused_candidate)}}[target]
     if inputs == answers:
         needed = "view of the image" if query == "i" else "caption"
         return False, f"left empty: the target would be the query itself; needs a second {needed}"
