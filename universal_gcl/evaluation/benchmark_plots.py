@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 
 from universal_gcl.evaluation.benchmark import DEPTH
 from universal_gcl.evaluation.benchmark_report import check_runs_comparable, figures, mean_by_direction, ranked_tasks
-from universal_gcl.evaluation.pairs.plots import COLOURS, save_figure
+from universal_gcl.evaluation.plot_style import COLOURS, save_figure
 
 _EDGES = (1, 2, 3, 5, 10, 20, 50, DEPTH)  # of ranks, last of each bin: about equal steps of a logarithm
 RANK_BINS = (
