@@ -11,11 +11,9 @@ IMAGE_COLUMNS = ("image", "file_name", "image_path", "filename", "image_file", "
 CAPTION_COLUMNS = ("captions", "caption", "text", "texts", "title", "sentences", "blip_caption", "description")
 
 MISSING = "images missing"
-MISSING_BACKSLASH = "images missing, named with a backslash"
 NO_CAPTION_FILE = "images without a .txt beside them"
 REMEDIES = {
     MISSING: "Check image_root and the paths",
-    MISSING_BACKSLASH: "Write paths with / instead of \\, relative to image_root",
     NO_CAPTION_FILE: "Write a .txt with the captions beside each image, of the same name",
 }
 

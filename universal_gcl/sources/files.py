@@ -14,15 +14,14 @@ from universal_gcl.sources.checks import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     MISSING,
-    MISSING_BACKSLASH,
     NO_CAPTION_FILE,
     DataError,
     SourceReport,
     UniqueIds,
     check_captions,
-    check_encodable,
     find_column,
 )
+from universal_gcl.sources.paths import path_inside
 
 FEATURES = datasets.Features(
     {
@@ -131,7 +130,7 @@ def pairs_from_list(
     ids = UniqueIds()
     for row in rows:
         captions = check_captions(row.captions, row.place)
-        path = inside(root, row.image, row.place)
+        path = image_path(root, row.image, row.place)
         if path in pairs:
             pairs[path][1].extend(captions)
             continue
@@ -144,7 +143,7 @@ def pairs_from_list(
         if os.path.isfile(path):
             kept[path] = pair
         else:
-            report.skip(missing_reason(path, root), path)
+            report.skip(MISSING, path)
     report.check_skipped(before, max_broken_share)
     report.pairs = len(kept)
     report.captions = sum(len(captions) for _, captions in kept.values())
@@ -156,33 +155,15 @@ def pairs_from_list(
     return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
-def inside(root: Path, image: object, place: str) -> str:
-    """The absolute path of an image below `root`, an absolute folder.
-
-    Compared as written: links inside the root may lead elsewhere. Backslashes separate folders, as on Windows, where
-    the path names a file in that reading only.
+def image_path(root: Path, image: object, place: str) -> str:
+    """The path of an image or video below `root`, as `sources.paths.path_inside` reads it.
 
     Raises:
-        DataError: for what is not a path, for addresses, and for paths that leave the root.
+        DataError: `image` is not a path, or leaves the root.
     """
     if not isinstance(image, str) or not image.strip():
         raise DataError(f"{place}: the image is {image!r}, not a path; correct it, or set image_column")
-    if image.startswith(("http://", "https://")):
-        raise DataError(f"{place}: {image} is an address; download the images first and set image_root")
-    check_encodable(image, "path", place)
-    path = os.path.normpath(root / image)
-    if "\\" in image and not os.path.isfile(path):
-        windows = os.path.normpath(root / image.replace("\\", "/"))
-        if os.path.isfile(windows):
-            path = windows
-    if not Path(path).is_relative_to(root):
-        raise DataError(f"{place}: {image} lies outside {root}; set image_root to a folder that holds all images")
-    return path
-
-
-def missing_reason(path: str, root: Path | None) -> str:
-    """What the report calls a file that `inside` named and that is not there."""
-    return MISSING_BACKSLASH if "\\" in path.removeprefix(str(root)) else MISSING
+    return str(path_inside(root, image, place, remedy="set image_root to a folder that holds all images"))
 
 
 def text_lines(path: Path) -> Iterator[str]:

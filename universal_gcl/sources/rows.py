@@ -9,7 +9,7 @@ import numpy as np
 
 from modeling_gcl.rows import parse_row
 from universal_gcl.sources.checks import DataError, UniqueIds
-from universal_gcl.sources.files import inside, jsonl_rows
+from universal_gcl.sources.files import image_path, jsonl_rows
 
 MODALITIES = ("i", "t", "it")
 _KEYS = ("id", "text", "image", "video", "instruction")
@@ -42,9 +42,9 @@ def read_rows(path: str | Path, image_root: str | Path | None = None) -> list[tu
         row = {key: value for key, value in values.items() if value is not None}
         for key in ("image", "video"):
             if isinstance(row.get(key), list):
-                row[key] = [inside(root, file, place) for file in row[key]]
+                row[key] = [image_path(root, file, place) for file in row[key]]
             elif key in row:
-                row[key] = inside(root, row[key], place)
+                row[key] = image_path(root, row[key], place)
         try:
             parse_row(row, 0)
         except ValueError as error:

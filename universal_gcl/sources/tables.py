@@ -25,7 +25,7 @@ from universal_gcl.sources.checks import (
     check_captions,
     find_column,
 )
-from universal_gcl.sources.files import FEATURES, Listed, inside, missing_reason, pairs_from_list
+from universal_gcl.sources.files import FEATURES, Listed, image_path, pairs_from_list
 
 TEXT = (datasets.Value("string"), datasets.Value("large_string"))
 BYTES = (datasets.Value("binary"), datasets.Value("large_binary"))
@@ -132,8 +132,7 @@ def pairs_from_table(
     pairs = datasets.concatenate_datasets([pairs, texts], axis=1).select_columns(list(FEATURES))
     for row, file in files.items():
         if file is None or not os.path.isfile(file):
-            reason = MISSING if file is None else missing_reason(file, root)
-            report.skip(reason, f"row {row}" if file is None else f"row {row}, {file}")
+            report.skip(MISSING, f"row {row}" if file is None else f"row {row}, {file}")
             files[row] = None
     report.check_skipped(len(pairs), max_broken_share)
     found = {row: file for row, file in files.items() if file is not None}
@@ -187,7 +186,7 @@ def _file(path: str | None, place: str, root: Path | None) -> str | None:
     if not path:
         return None
     if root is not None:
-        return inside(root, path, place)
+        return image_path(root, path, place)
     if not os.path.isabs(path):
         return None
     config = datasets.config
