@@ -30,7 +30,8 @@ from tests.support.videos import numbered_frame
 from universal_gcl import cli
 from universal_gcl.evaluation.covr import frames as covr_frames
 from universal_gcl.evaluation.covr.frames import Frames, Videos, extract_frames
-from universal_gcl.evaluation.covr.measure import Triplet, clean_edit, join_frames, rank_targets, read_triplets
+from universal_gcl.evaluation.covr.measure import join_frames, rank_targets
+from universal_gcl.evaluation.covr.triplets import Triplet, clean_edit, read_triplets
 from universal_gcl.retrieval.run import Run
 
 ROOT = Path(__file__).parents[3]
@@ -177,11 +178,11 @@ def test_extraction_goes_on_where_it_was_ended(data, tmp_path, monkeypatch):
     assert decoded == ["4", "5"] and not partial.exists()
     assert len(Frames(tmp_path / "frames").files("targets", "2_b/5")) == 3
     (tmp_path / "frames" / "frames.json").write_text('{"vid')
-    with pytest.raises(ValueError, match="frames.json is damaged .*delete .*frames, and cut"):
+    with pytest.raises(ValueError, match="frames.json is damaged .*delete .*frames, and extract"):
         Frames(tmp_path / "frames")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()
-    with pytest.raises(ValueError, match="holds something else than frames"):
+    with pytest.raises(ValueError, match="holds files that are not frames"):
         extract_frames(Videos(data / "videos"), wanted, tmp_path / "other")
 
 
@@ -270,7 +271,7 @@ GOOD = "pth1,pth2,edit,scores\na/1,a/2,x,[]\n"
         (GOOD + "a/..\\..\\b,a/3,x,[]\n", "line 3: pth1 must be folder/id"),
         (GOOD + "a/3,a/3,x,[]\n", "line 3: the target is the query's own video, a/3"),
         (GOOD + "a/1,a/2,y,[]\n", "line 3: line 2 has the same target, a/2; keep one of them"),
-        (GOOD + "a/1,a/3, !! ,[]\n", "line 3: nothing is left of the edit ' !! '"),
+        (GOOD + "a/1,a/3, !! ,[]\n", "line 3: no word is left of the edit ' !! '"),
         ((GOOD + "a/1,a/3,\udce9,[]\n"), "line 3: not UTF-8"),
     ],
 )

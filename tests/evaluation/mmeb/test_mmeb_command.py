@@ -78,7 +78,7 @@ def test_from_the_hub(clip_folder, root, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
     message = run(monkeypatch, clip_folder, "--hub", "nobody/nothing", *out)
-    assert message.startswith("error: nobody/nothing: not to be had as a data set of the Hub")
+    assert message.startswith("error: nobody/nothing can't be downloaded from the Hub as a data set")
     assert issubclass(RepositoryNotFoundError, OSError)
 
 
