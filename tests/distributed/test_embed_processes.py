@@ -31,7 +31,7 @@ def run(folder, launcher, how):
     ]
     return subprocess.run(
         command, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=250,
+        capture_output=True, text=True,
     )  # fmt: skip
 
 

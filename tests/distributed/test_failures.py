@@ -22,7 +22,7 @@ def launch_and_fail(folder, launcher, *arguments):
     run = subprocess.run(
         [sys.executable, "-m", *launcher, WORKER, *arguments],
         cwd=folder, env=os.environ | {"PYTHONPATH": f"{ROOT}", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=200,
+        capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     marks = list(folder.glob("*.pid"))
     assert run.returncode != 0 and len(marks) == (2 if launcher is SHIPPED else 3), run.stderr

@@ -1,29 +1,19 @@
 """The losses of a batch shared by two and three processes; see `loss_worker.py` for what they are held against."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from modeling_gcl import gcl_loss
+from tests.support.launches import ROOT, launch
 from universal_gcl.training.distributed import BatchProcesses
 
-ROOT = Path(__file__).parents[2]
+WORKER = ROOT / "tests" / "distributed" / "loss_worker.py"
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_shared_batch_equals_the_whole_on_one_process(processes, tmp_path):
     """Every loss and switch; even, ragged and single-pair shares; gathered and in a half ring; float32 and float64."""
-    run = subprocess.run(
-        [sys.executable, "-W", "error::FutureWarning", "-m", "torch.distributed.run", "--standalone",
-         f"--nproc_per_node={processes}", str(ROOT / "tests" / "distributed" / "loss_worker.py"), str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
+    launch(WORKER, tmp_path, processes=processes, options=["-W", "error::FutureWarning"])
     counts = [int((tmp_path / f"rank_{rank}").read_text()) for rank in range(processes)]
     assert len(set(counts)) == 1 and counts[0] > 300
 

@@ -1,39 +1,28 @@
 """Two processes against one on the whole batch: weights, temperature, loss and embeddings."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.support.launches import LAUNCH, ROOT, launch, run_checked
+
 WORKER = ROOT / "tests" / "distributed" / "train_worker.py"
 
 
-def launch(processes, out, total_batch=12):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    run = subprocess.run(
-        [*command, str(WORKER), str(out), str(total_batch)],
-        cwd=out.parent, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
+def trained_by(processes, out, total_batch=12):
+    launch(WORKER, out, total_batch, processes=processes, cwd=out.parent)
     return torch.load(out, weights_only=True)
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
-    return launch(1, tmp_path_factory.mktemp("one") / "weights.pt")
+    return trained_by(1, tmp_path_factory.mktemp("one") / "weights.pt")
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_any_number_of_processes_trains_as_one(processes, one_process, tmp_path):
-    several = launch(processes, tmp_path / "weights.pt")
+    several = trained_by(processes, tmp_path / "weights.pt")
     assert several.keys() == one_process.keys() and len(several) == 8
     torch.testing.assert_close(several.pop("encode"), one_process["encode"], atol=1e-5, rtol=0)
     for loss, parameters in several.items():
@@ -47,12 +36,7 @@ def test_train_py_runs_from_the_shipped_config_on_two_processes(recipe, tmp_path
     """Evaluation shared out, one writer, and the world size that was asked for."""
     settings = ["--per_device_train_batch_size", "4", "--max_steps", "3", "--model.freeze", "[text]"]
     config = ROOT / "hub_configs" / "accelerate" / "two_cpu_processes.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file", config]
-    run = subprocess.run(
-        [*command, ROOT / "train.py", recipe, *settings],
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
+    run = run_checked([*LAUNCH, config, ROOT / "train.py", recipe, *settings], cwd=tmp_path)
     assert run.stdout.count("Written to") == 1 and run.stdout.count("text tower") == 1
     card = (tmp_path / "out" / "model" / "README.md").read_text()
     assert "| world_size | 2 |" in card and "accelerate launch --multi_gpu --num_processes 2 " in card

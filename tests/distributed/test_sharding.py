@@ -2,31 +2,19 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-ROOT = Path(__file__).parents[2]
-HERE = ROOT / "tests" / "distributed"
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-    "DS_ACCELERATOR": "cpu",
-}  # fmt: skip
+from tests.support.launches import LAUNCH, ROOT, launch, run_checked
+
+WORKER = ROOT / "tests" / "distributed" / "sharding_worker.py"
 
 
 def run_workers(folder, kind):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if kind != "none" else []
-    run = subprocess.run(
-        [sys.executable, *launcher, str(HERE / "sharding_worker.py"), str(folder), "12", kind],
-        cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
+    launch(WORKER, folder, 12, kind, processes=1 if kind == "none" else 2, cwd=folder, DS_ACCELERATOR="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +50,9 @@ def test_train_py_runs_from_the_shipped_fsdp2_config(recipe, tmp_path):
         "gloo_as_gpus.install()\ntrain.main(sys.argv[1:])\n"
     )
     config = ROOT / "hub_configs" / "accelerate" / "fsdp2.yaml"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file", config]
     settings = ["--per_device_train_batch_size", "4", "--max_steps", "3", "--save_strategy", "epoch"]
-    run = subprocess.run(
-        [*command, "--num_processes", "2", tmp_path / "train_on_gloo.py", recipe, *settings],
-        cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-4000:]
+    script = tmp_path / "train_on_gloo.py"
+    run = run_checked([*LAUNCH, config, "--num_processes", "2", script, recipe, *settings], cwd=tmp_path)
     assert run.stdout.count("Written to") == 1
     folder = tmp_path / "out" / "model"
     results = json.loads((folder / "results.json").read_text())
