@@ -233,7 +233,7 @@ def test_lora_saves_adapter_and_merged_model(recipe, tmp_path, hub, monkeypatch)
     assert results["before"] != results["after"]
     check_folder(out / "base")
     card = (out / "model" / "README.md").read_text()
-    assert f"{total['trained']:,} of a LoRA adapter were trained, and merged" in card and "- lora\n" in card
+    assert f"a LoRA adapter of {total['trained']:,} parameters was trained and merged" in card and "- lora\n" in card
     assert "| peft.r | 4 |" in card and "| peft.lora_alpha | 32.0 |" in card
     transformers, _, adapter, _ = re.findall(r"```python\n(.*?)```", card, re.S)
     compare = "print(float((adapted_queries - queries).abs().max()), adapted.peft_type.value)"

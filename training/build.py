@@ -89,7 +89,7 @@ def build_model(arguments: ModelArguments, max_text_length: int | None) -> tuple
             raise
         raise OSError(
             f"model.encoder: there is no folder {arguments.encoder} in {Path.cwd()}, and loading it from the Hub "
-            f"failed. Check the name, or make the folder first (a comment in the recipe says how). The Hub's answer: {error}"
+            f"failed. Check the name, or make the folder first, as the recipe says. The Hub's answer: {error}"
         ) from error
     # always float32: in half precision, the optimiser's small steps vanish
     model = GCLModel.from_encoder(

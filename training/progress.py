@@ -2,7 +2,7 @@
 
     step  25/60   epoch 1.67   loss 3.2091   1/τ 14.27   lr 2.1e-04   21 pairs/s   00:42 left
 
-A line is printed for every log entry (`logging_steps`). On a terminal, a bar below the lines moves with every step unless
+A line is printed for every log entry (`logging_steps`). On a terminal, a bar below them moves with every step unless
 `disable_tqdm` is set. Only the first process prints.
 """
 

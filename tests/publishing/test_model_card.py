@@ -184,7 +184,7 @@ def test_a_run_evaluated_only_after_training_says_so(facts, tmp_path):
     assert "after this training." in text and "before and after this training" not in text
     assert "| modality | after, % |" in text
     assert "was not evaluated before training" in text
-    with pytest.raises(ValueError, match="results_after beside results_before"):
+    with pytest.raises(ValueError, match="results_after if it has results_before"):
         write_card(tmp_path, replace(facts, results_after=None, eval_data=None))
 
 
@@ -194,4 +194,4 @@ def test_cuts_are_named_only_where_they_were_trained(tmp_path, facts):
     facts.matryoshka_dims = [256, 128, 64]
     write_card(tmp_path, facts)
     text = (tmp_path / "README.md").read_text()
-    assert "first 128, 64 dimensions, by `model.encode(..., truncate_dim=128)`" in text
+    assert "first 128, 64 dimensions: `model.encode(..., truncate_dim=128)`" in text

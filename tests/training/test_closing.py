@@ -15,7 +15,8 @@ def result(local, mixed):
 def record(**changed):
     facts = {
         "command": "gcl train r", "seed": 0, "settings": {}, "recipe_text": "", "hyperparameters": {},
-        "environment": {}, "output_dir": "out", "encoder": "e", "licence": "other", "parameters": {}, "size": {}, "loss": "gcl",
+        "environment": {}, "output_dir": "out", "encoder": "e", "licence": "other", "parameters": {}, "size": {},
+        "loss": "gcl",
         "train_data": [ReadSource(SourceArguments("a"), SourceReport("a", pairs=1990))], "train_runtime": 1.0,
         "peak_memory": 1, "log_history": [{"step": 5, "loss": 1.0}, {"step": 60, "train_runtime": 1.0}],
     }  # fmt: skip
