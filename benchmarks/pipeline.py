@@ -60,7 +60,7 @@ def make_photos(count: int = IMAGES, size: tuple[int, int] = SIZE) -> list[bytes
         for scale in (2, 4, 8, 16, 32):
             for channel in range(3):
                 coarse = Image.fromarray(rng.normal(0, 60 / scale**0.5, (scale, scale + 1)).astype(np.float32))
-                scene[..., channel] += np.asarray(coarse.resize(size, Image.BICUBIC))
+                scene[..., channel] += np.asarray(coarse.resize(size, Image.Resampling.BICUBIC))
         image = Image.fromarray((128 + scene).clip(0, 255).astype(np.uint8))
         draw = ImageDraw.Draw(image)
         for _ in range(12):
@@ -83,13 +83,13 @@ def make_captions(count: int) -> list[str]:
 def make_processor() -> GCLProcessor:
     """CLIP's image processor at 224 pixels, with a tokenizer of whole words that cuts at 77 tokens."""
     vocab = {token: number for number, token in enumerate(["[PAD]", "[UNK]", "[BOS]", "[EOS]", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
+    words = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
         single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)]
     )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=77
+        tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]", model_max_length=77
     )
     return GCLProcessor(CLIPImageProcessorPil(), tokenizer)
 

@@ -72,7 +72,7 @@ def make_pool(folder: Path, pool: str, candidates: int, queries: int, dim: int) 
 
 def kept(queries: np.ndarray, store: Store, count: int | None, k: int) -> Search:
     codes = saved_codes(store)
-    if count is not None:
+    if codes is not None and count is not None:
         codes = SavedCodes(codes.codes[:count], codes.lengths[:, :count], codes.mean, codes.scale)
     return lambda: screened_top_k(queries, part_of(store, count), k, codes=codes)
 

@@ -115,25 +115,25 @@ def run_step(
 ) -> Any:
     """Train for one step with `batch` pairs per process and return what `use(training_step, model, inputs)` returns."""
     answers = []
+
+    class UsedTrainer(GCLTrainer):
+        def training_step(self, model: torch.nn.Module, inputs: dict, *more: Any) -> torch.Tensor:
+            step = super().training_step
+            answers.append(use(lambda inputs: step(model, dict(inputs), *more), model, inputs))
+            return step(model, first_rows(inputs), *more)
+
     with tempfile.TemporaryDirectory() as folder:
         arguments = GCLTrainingArguments(
             output_dir=folder, per_device_train_batch_size=batch, max_steps=1, optim="sgd", save_strategy="no",
             eval_strategy="no", report_to="none", dataloader_num_workers=0, disable_tqdm=True, use_cpu=True, seed=SEED,
-            **({"grad_cache_chunk": chunk} if chunk else {}), **({"ddp_backend": "gloo"} if distributed() else {}),
+            grad_cache_chunk=chunk, ddp_backend="gloo" if distributed() else None,
         )  # fmt: skip
-        trainer = GCLTrainer(
+        trainer = UsedTrainer(
             model=build_model(tower, trained),
             args=arguments,
             train_dataset=RandomPairs(batch * arguments.world_size),
             data_collator=RandomPairs.collate,
         )
-        training_step = trainer.training_step
-
-        def training_step_in_use(model: torch.nn.Module, inputs: dict, *more: Any) -> torch.Tensor:
-            answers.append(use(lambda inputs: training_step(model, dict(inputs), *more), model, inputs))
-            return training_step(model, first_rows(inputs), *more)
-
-        trainer.training_step = training_step_in_use
         trainer.train()
         assert world_size() == arguments.world_size and len(answers) == 1
     return answers[0]
