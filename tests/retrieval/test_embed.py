@@ -13,7 +13,8 @@ import torch
 from modeling_gcl import GCLModel, ImageError
 from tests.retrieval.embed_worker import CountingModel, make_rows
 from tests.support.backbones import random_image, tiny_encoder, tiny_processor
-from universal_gcl.retrieval.embed import _unique, embed_rows
+from universal_gcl.retrieval.contents import distinct_contents
+from universal_gcl.retrieval.embed import embed_rows
 from universal_gcl.retrieval.fingerprint import model_fingerprint, same_model
 from universal_gcl.retrieval.store import Store, Vectors
 
@@ -79,7 +80,7 @@ def test_unique_contents_are_those_of_the_smallest_ids(seed):
     rng = np.random.default_rng(seed)
     contents = (rng.integers(0, 2, (200, 16)) * (np.arange(16) < 5)).astype(np.uint8)
     ids = [str(number) for number in rng.permutation(200)]
-    first, place = _unique(contents, ids)
+    first, place = distinct_contents(contents, ids)
     seen = {}
     for number in sorted(range(200), key=lambda number: ids[number]):
         if contents[number].any():

@@ -50,7 +50,8 @@ def embed(
     Rows with equal contents are embedded once. The processes of accelerate launch or torchrun share the rows.
     """
     from modeling_gcl import GCLModel, GCLProcessor
-    from universal_gcl.retrieval.embed import Rows, embed_rows
+    from universal_gcl.retrieval.contents import Rows
+    from universal_gcl.retrieval.embed import embed_rows
     from universal_gcl.retrieval.processes import Processes, own_device
     from universal_gcl.sources.arguments import SourceArguments
     from universal_gcl.sources.pairs import load_pairs

@@ -16,36 +16,23 @@ import hashlib
 import json
 import os
 import threading
-from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from transformers.utils import logging
 
 from modeling_gcl import GCLModel, GCLProcessor, ImageError, VideoError
-from modeling_gcl.rows import parse_row
-from universal_gcl.retrieval.fingerprint import content_hash, describe_model, model_fingerprint, same_model
+from universal_gcl.retrieval.contents import Rows, distinct_contents, read_contents, reason_of
+from universal_gcl.retrieval.fingerprint import describe_model, model_fingerprint, same_model
 from universal_gcl.retrieval.processes import Processes
-from universal_gcl.retrieval.progress import Progress
+from universal_gcl.retrieval.progress import Progress, job_name
 from universal_gcl.retrieval.quantised import delete_codes
 from universal_gcl.retrieval.store import FORMAT, Store, read_array, read_manifest, shard_paths, write_json, write_whole
 
 logger = logging.get_logger(__name__)
 
-_READERS = 8  # threads that hash files
-_ROWS_READ_AT_ONCE = 1024
 _MAX_ENCODERS = 8
-_NO_CONTENT = bytes(16)  # hash of a row that can't be read
-
-
-class Rows(Protocol):
-    """A sequence of rows: `rows[number]` is an id with its row, and `len(rows)` the number of rows."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, number: int, /) -> tuple[str, dict]: ...
 
 
 def embed_rows(
@@ -111,14 +98,12 @@ def embed_rows(
     }
     _check_manifest(folder, manifest)
     shown = show_progress and processes.rank == 0
-    contents, unreadable, ids = _read_contents(rows, processes, on_error, shown)
-    if ids is not None:  # on process 0
-        _check_unique(ids)
+    contents, unreadable, ids = read_contents(rows, processes, on_error, shown)
     hashes = {"contents": hashlib.sha256(contents.tobytes()).hexdigest()}
     hashes["ids"] = processes.gather(ids and hashlib.sha256(json.dumps(ids).encode()).hexdigest())[0]
     manifest |= {"rows": len(rows), **hashes}
     _check_manifest(folder, manifest)
-    first, vector_of = (None, None) if ids is None else _unique(contents, ids)
+    first, vector_of = (None, None) if ids is None else distinct_contents(contents, ids)
     first = processes.gather(first)[0]
     paths = shard_paths(folder, -(-len(first) // shard_rows))
     # process 0 starts to write only after all processes have looked at the folder
@@ -169,88 +154,6 @@ def _check_manifest(folder: Path, manifest: dict) -> None:
     for name, difference in differences.items():
         if name in manifest and known[name] != manifest[name]:
             raise ValueError(f"{folder} holds embeddings of other rows: the {difference}. {remedy}")
-
-
-def _read_contents(
-    rows: Rows, processes: Processes, on_error: str, shown: bool
-) -> tuple[np.ndarray, dict[int, str], list[str] | None]:
-    """
-    Hash the contents of all rows. Each process reads a part of the rows.
-
-    Returns:
-        - (N, 16) uint8, the hashes, with zeros for rows that can't be read.
-        - Row number → reason, for rows that can't be read.
-        - The ids of all rows on process 0, None on other processes.
-    """
-    start, end = (len(rows) * rank // processes.size for rank in (processes.rank, processes.rank + 1))
-    hashes, unreadable, ids = [], {}, []
-
-    def read(number: int, item: tuple[str, dict]) -> tuple[str, bytes, str | None]:
-        try:
-            name, row = item
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"row {number} must be a pair (id, row), got a {type(item).__name__}") from error
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"row {number}: the id must be a str that is not empty, got {name!r}")
-        try:
-            return name, content_hash(parse_row(row, number)), None
-        except ValueError as error:
-            if on_error == "raise":
-                raise type(error)(f"row {name!r}: {_reason(error, number)}") from error
-            return name, _NO_CONTENT, _reason(error, number)
-
-    with (
-        ThreadPoolExecutor(_READERS) as executor,
-        Progress(_job_name("read", processes), end - start, shown=shown) as progress,
-    ):
-        for begin in range(start, end, _ROWS_READ_AT_ONCE):
-            numbers = range(begin, min(begin + _ROWS_READ_AT_ONCE, end))
-            for number, (name, content, why) in zip(numbers, executor.map(read, numbers, [rows[n] for n in numbers])):
-                ids.append(name)
-                hashes.append(content)
-                if why is not None:
-                    unreadable[number] = why
-            progress.update(len(numbers))
-    parts = processes.collect(ids)
-    all_hashes = b"".join(processes.gather(b"".join(hashes)))
-    unreadable = {number: why for part in processes.gather(unreadable) for number, why in part.items()}
-    contents = np.frombuffer(all_hashes, dtype=np.uint8).reshape(-1, 16)
-    return contents, unreadable, None if parts is None else [name for part in parts for name in part]
-
-
-def _reason(error: Exception, number: int) -> str:
-    """The message of an error without the number of the row, because messages here name the id."""
-    return str(error).removeprefix(f"row {number}").removeprefix(":").strip()
-
-
-def _check_unique(ids: list[str]) -> None:
-    if len(set(ids)) == len(ids):
-        return
-    twice = sorted(name for name, count in Counter(ids).items() if count > 1)
-    named = ", ".join(map(repr, twice[:5])) + (", …" if len(twice) > 5 else "")
-    raise ValueError(f"{len(twice)} ids occur more than once: {named}; give each row its own id")
-
-
-def _unique(contents: np.ndarray, ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Find the different contents among the hashes of all rows.
-
-    Returns:
-        - (M,) int64, for each content the row with the smallest id, sorted by that id.
-        - (N,) int64, for each row the index of its content, or -1 if the row can't be read.
-    """
-    by_id = np.array(sorted(range(len(ids)), key=ids.__getitem__))
-    halves = np.ascontiguousarray(contents[by_id]).view(np.uint64)  # (N, 2)
-    order = np.lexsort((np.arange(len(halves)), halves[:, 1], halves[:, 0]))
-    new = np.ones(len(order), dtype=bool)
-    new[1:] = (halves[order[1:]] != halves[order[:-1]]).any(axis=1)
-    first_of_row = np.empty(len(order), dtype=np.int64)
-    first_of_row[order] = order[new][np.cumsum(new) - 1]
-    first_of_row[~halves.any(axis=1)] = -1
-    first = np.unique(first_of_row[first_of_row >= 0])
-    content_of = np.empty(len(order), dtype=np.int64)
-    content_of[by_id] = np.where(first_of_row < 0, -1, np.searchsorted(first, first_of_row))
-    return by_id[first], content_of
 
 
 class _Encoder:
@@ -317,7 +220,7 @@ class _Job:
         workers = num_workers or self.encode.default_workers
         total = sum(len(self._rows_of(shard)) for shard in shards)
         done = min(num_done * self.shard_rows, len(self.first)) if processes.size == 1 else 0
-        progress = Progress(_job_name("embed", processes), done + total, initial=done, shown=shown)
+        progress = Progress(job_name("embed", processes), done + total, initial=done, shown=shown)
         with progress, ThreadPoolExecutor(workers) as executor:
             waiting: set[Future[int]] = set()
             try:
@@ -368,7 +271,7 @@ class _Job:
         try:
             self.encode([row], on_error="raise")
         except (ImageError, VideoError) as error:
-            why = _reason(error, 0)
+            why = reason_of(error, 0)
             if self.on_error == "raise":
                 raise type(error)(f"row {name!r}: {why}") from error
             return why
@@ -417,7 +320,3 @@ def _finish(
         partial.unlink()
     manifest |= {"dim": dim, "dtype": "float16", "shards": counts, "vectors": sum(counts), "skipped": len(why)}
     write_json(folder / "manifest.json", manifest | {"complete": True})
-
-
-def _job_name(what: str, processes: Processes) -> str:
-    return what if processes.size == 1 else f"{what} (process {processes.rank} of {processes.size})"

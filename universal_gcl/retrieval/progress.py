@@ -5,6 +5,8 @@ import time
 
 from tqdm import tqdm
 
+from universal_gcl.retrieval.processes import Processes
+
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -50,3 +52,8 @@ class Progress:
         if rate and self.done < self.total:
             line += f", {tqdm.format_interval((self.total - self.done) / rate)} left"
         print(line, file=sys.stderr, flush=True)
+
+
+def job_name(what: str, processes: Processes) -> str:
+    """The name of a job for `Progress`. If several processes share the job, it says which one this is."""
+    return what if processes.size == 1 else f"{what} (process {processes.rank} of {processes.size})"
