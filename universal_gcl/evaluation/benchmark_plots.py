@@ -17,7 +17,7 @@ from universal_gcl.evaluation.benchmark_report import (
     check_runs_comparable,
     mean_by_direction,
 )
-from universal_gcl.evaluation.pairs.plots import COLOURS, save_figure
+from universal_gcl.evaluation.plot_style import COLOURS, save_figure
 
 _EDGES = (1, 2, 3, 5, 10, 20, 50, DEPTH)  # the last rank of each bin: about equal steps of a logarithm
 RANK_BINS = (
@@ -179,8 +179,10 @@ def _grouped_bars(ax: Axes, values: Sequence[Sequence[float]], names: Sequence[s
     for number, (name, heights) in enumerate(zip(names, values)):
         places = np.arange(len(heights)) + (number - (len(names) - 1) / 2) * width
         hatch = _HATCHES[number] if len(names) <= len(_HATCHES) else ""
-        style = {"color": COLOURS[number], "edgecolor": "white", "linewidth": 0.5, "hatch": hatch}
-        drawn.append(ax.bar(places, heights, width, label=name, **style))
+        bars = ax.bar(
+            places, heights, width, label=name, color=COLOURS[number], edgecolor="white", linewidth=0.5, hatch=hatch
+        )
+        drawn.append(bars)
     ax.margins(x=0.02)
     ax.grid(axis="y", alpha=0.3)
     ax.set_axisbelow(True)
