@@ -1,10 +1,9 @@
 """What an installation holds and claims, read from setup.cfg; `test_wheel.py` installs it."""
 
 import configparser
-import subprocess
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from tests.support.checkout import ROOT, tracked
+
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 PACKAGES = SETUP["options"]["packages"].split()
@@ -13,13 +12,6 @@ LINKED = {"universal_gcl.training": "training", "universal_gcl.hub_configs": "hu
 
 def folder_of(package):
     return ROOT / LINKED.get(package, package.replace(".", "/"))
-
-
-def tracked(*patterns):
-    """Files that git tracks, or would."""
-    command = ["git", "-C", ROOT, "ls-files", "--cached", "--others", "--exclude-standard", *patterns]
-    names = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
-    return [ROOT / name for name in names if (ROOT / name).is_file()]
 
 
 def test_two_import_names_are_claimed():
@@ -42,7 +34,7 @@ def test_every_data_file_is_installed():
         for path in folder_of(package).glob(pattern)
     }
     rooms = ("modeling_gcl", "universal_gcl", "training", "hub_configs")
-    data = {path for path in tracked(*rooms) if path.suffix not in (".py", ".sh")}
+    data = {path for path in tracked(*rooms) if path.is_file() and path.suffix not in (".py", ".sh")}
     assert data - shipped == set()
 
 

@@ -7,11 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.support.checkout import ROOT, copy_checkout
+
 pytestmark = pytest.mark.wheel
 
 
@@ -19,8 +19,9 @@ pytestmark = pytest.mark.wheel
 def installed(tmp_path_factory):
     """The folder of the commands of an environment in which the wheel and the extra `train` are installed."""
     folder = tmp_path_factory.mktemp("installed")
-    wheels, environment = folder / "wheels", folder / "environment"
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", wheels, ROOT], check=True)
+    source, wheels, environment = folder / "source", folder / "wheels", folder / "environment"
+    copy_checkout(source)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", wheels, source], check=True)
     (wheel,) = wheels.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", environment], check=True)
     commands = environment / "bin"
