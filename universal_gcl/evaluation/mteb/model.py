@@ -102,9 +102,8 @@ class GCLEncoder(AbsEncoder):
         if self.instructions and prompt_type == PromptType.query:
             prompt = self.get_task_instruction(task_metadata, prompt_type)
         parts = []
-        with logging.tqdm(
-            total=len(cast(Sized, inputs.dataset)), disable=not show_progress_bar, unit="row", desc=side
-        ) as progress:
+        total = len(cast(Sized, inputs.dataset))
+        with logging.tqdm(total=total, disable=not show_progress_bar, unit="row", desc=side) as progress:
             for some in _groups(inputs, batch_size, lambda batch: _rows(batch, wanted, prompt, side)):
                 parts.append(self._embed(some, batch_size, side))
                 progress.update(len(some))
