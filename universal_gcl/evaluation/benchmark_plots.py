@@ -179,8 +179,10 @@ def _grouped_bars(ax: Axes, values: Sequence[Sequence[float]], names: Sequence[s
     for number, (name, heights) in enumerate(zip(names, values)):
         places = np.arange(len(heights)) + (number - (len(names) - 1) / 2) * width
         hatch = _HATCHES[number] if len(names) <= len(_HATCHES) else ""
-        style = {"color": COLOURS[number], "edgecolor": "white", "linewidth": 0.5, "hatch": hatch}
-        drawn.append(ax.bar(places, heights, width, label=name, **style))
+        bars = ax.bar(
+            places, heights, width, label=name, color=COLOURS[number], edgecolor="white", linewidth=0.5, hatch=hatch
+        )
+        drawn.append(bars)
     ax.margins(x=0.02)
     ax.grid(axis="y", alpha=0.3)
     ax.set_axisbelow(True)

@@ -132,7 +132,7 @@ class Session:
             show_progress=True,
         )
 
-    def write(self, protocol: str, settings: dict, result: dict) -> Path:
+    def write(self, protocol: str, settings: dict, result: dict | list) -> Path:
         """Write `OUT/results.json`: what was run, the environment and the result.
 
         Raises:

@@ -28,6 +28,7 @@ from tests.evaluation.covr.covr_worker import (
 )
 from tests.support.videos import numbered_frame
 from universal_gcl import cli
+from universal_gcl.evaluation.benchmark import DEPTH
 from universal_gcl.evaluation.covr import frames as covr_frames
 from universal_gcl.evaluation.covr.frames import Frames, Videos, extract_frames
 from universal_gcl.evaluation.covr.measure import join_frames, rank_targets
@@ -235,6 +236,20 @@ def test_ranks_are_those_of_a_slow_loop(rows):
         if triplet.query in (videos := [other.target for other in triplets]):
             similarities[videos.index(triplet.query)] = -100
         expected = sorted(range(len(rows)), key=lambda m: (-similarities[m], m))
+        assert run.ranking(n) == [f"v/{m}" for m in expected]
+
+
+def test_a_gallery_larger_than_what_is_kept():
+    """The query's own video would be among the best that are kept: the next one takes its place."""
+    rng = np.random.default_rng(0)
+    gallery = rng.integers(-9, 10, (3 * DEPTH, 4)).astype(float)
+    triplets = [Triplet(n, f"v/{(n + 1) % len(gallery)}", f"v/{n}", "x", ()) for n in range(len(gallery))]
+    queries = np.roll(gallery, -1, axis=0)  # each query resembles its own video most
+    run = rank_targets(triplets, queries, gallery)
+    similarities = queries @ gallery.T
+    for n in range(len(gallery)):
+        similarities[n, (n + 1) % len(gallery)] = -1000
+        expected = np.argsort(-similarities[n], kind="stable")[:DEPTH]
         assert run.ranking(n) == [f"v/{m}" for m in expected]
 
 

@@ -41,9 +41,9 @@ def _named(runs: Sequence[str], labels: tuple[str, str] | None) -> dict[str, Pat
             name, _, path = ("", "", run) if Path(run).exists() else run.rpartition("=")
             pairs.append((name or unnamed.get(run) or Path(path).name, path))
     named = {name: Path(path) for name, path in pairs}
-    for path in named.values():
-        if not path.exists():
-            raise typer.BadParameter(f"{path} is neither a folder nor a results.json")
+    for place in named.values():
+        if not place.exists():
+            raise typer.BadParameter(f"{place} is neither a folder nor a results.json")
     if len(named) < 2 or len(named) < len(runs):
         raise typer.BadParameter("name two runs or more, each with a different name: NAME=RUN")
     return named

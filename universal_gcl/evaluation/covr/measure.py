@@ -129,8 +129,8 @@ def evaluate_covr(
     }
     left_out = []
     for triplet in triplets:
-        if why := [unusable[video] for video in _videos(triplet) if video in unusable]:
-            left_out.append({"line": triplet.line, "why": why[0]})
+        if reasons := [unusable[video] for video in _videos(triplet) if video in unusable]:
+            left_out.append({"line": triplet.line, "why": reasons[0]})
     return result | {
         "coverage": {"rows": [len(usable), len(triplets)]} | coverage,
         "left_out": left_out,
@@ -206,9 +206,9 @@ def join_frames(embeds: np.ndarray, scores: Sequence[float] = ()) -> np.ndarray:
     """
     weights = np.ones(len(embeds))
     if len(scores) == len(embeds):
-        weights = np.exp((np.asarray(scores) - max(scores)) / TEMPERATURE)
+        weights = np.exp((np.asarray(scores) - np.max(scores)) / TEMPERATURE)
     joint = weights @ np.asarray(embeds, dtype=np.float64)
-    return joint / max(np.linalg.norm(joint), 1e-12)
+    return joint / np.maximum(np.linalg.norm(joint), 1e-12)
 
 
 def rank_targets(triplets: Sequence[Triplet], queries: np.ndarray, gallery: np.ndarray) -> Run:

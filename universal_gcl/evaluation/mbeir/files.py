@@ -120,7 +120,8 @@ class JsonlTable:
 
     def missing_image(self, entry: Entry) -> str | None:
         """The entry's image file, if it has one that doesn't exist."""
-        return None if os.path.isfile(entry.image) else entry.image
+        image = entry.image
+        return image if isinstance(image, str) and not os.path.isfile(image) else None
 
     def _checked(self, line: bytes, place: str) -> Entry:
         try:

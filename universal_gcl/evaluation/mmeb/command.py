@@ -60,7 +60,7 @@ def mmeb(
     if hub is not None and root is None:
         name, commit = pinned(hub)
         folder = download_mmeb(name, sets, revision=commit, images=image_root is None and version == 1)
-        data = {"root": None, "hub": hub, "hub_commit": folder.name}  # the cache's folders are named by commit
+        data: dict = {"root": None, "hub": hub, "hub_commit": folder.name}  # the cache's folders are named by commit
     elif root is not None and hub is None:
         folder, data = root, {"root": str(root), "hub": None, "hub_commit": None}
     else:

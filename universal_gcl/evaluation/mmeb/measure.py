@@ -121,7 +121,7 @@ def score_queries(queries: Store, candidates: Store, own: Sequence[np.ndarray]) 
     vectors = candidates.vectors[:]
     records = []
     for number, (row, places) in enumerate(zip(queries.rows.tolist(), own)):
-        record = {"query": number, "predicted": None, "rank": None, "margin": None, "candidates": len(places)}
+        record: dict = {"query": number, "predicted": None, "rank": None, "margin": None, "candidates": len(places)}
         records.append(record)
         found = candidates.rows[places]
         present = np.flatnonzero(found >= 0)

@@ -5,16 +5,16 @@ text gets a fused embedding.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import torch
 from huggingface_hub import ModelCard
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_meta import ModelMeta, ScoringFunction
-from mteb.types import Licenses, PromptType
+from mteb.types import Licenses, Modalities, PromptType
 from torch.utils.data import DataLoader
 from transformers.utils import cached_file, logging
 
@@ -47,6 +47,8 @@ class GCLEncoder(AbsEncoder):
             exactly this model.
     """
 
+    mteb_model_meta: ModelMeta
+
     def __init__(
         self,
         model: GCLModel,
@@ -63,7 +65,7 @@ class GCLEncoder(AbsEncoder):
         known = {key: value for key, value in ((settings or {}) | own).items() if value is not None}
         self.mteb_model_meta = _describe(model, processor, str(name), known)
 
-    def encode(
+    def encode(  # type: ignore[override]  # mteb's precision is refused, not ignored
         self,
         inputs: DataLoader,
         *,
@@ -100,7 +102,8 @@ class GCLEncoder(AbsEncoder):
         if self.instructions and prompt_type == PromptType.query:
             prompt = self.get_task_instruction(task_metadata, prompt_type)
         parts = []
-        with logging.tqdm(total=len(inputs.dataset), disable=not show_progress_bar, unit="row", desc=side) as progress:
+        total = len(cast(Sized, inputs.dataset))
+        with logging.tqdm(total=total, disable=not show_progress_bar, unit="row", desc=side) as progress:
             for some in _groups(inputs, batch_size, lambda batch: _rows(batch, wanted, prompt, side)):
                 parts.append(self._embed(some, batch_size, side))
                 progress.update(len(some))
@@ -141,7 +144,7 @@ def _groups(
         yield pending
 
 
-def _rows(batch: dict, wanted: list[str], prompt: str | None, side: str) -> list[NamedRow]:
+def _rows(batch: dict, wanted: Sequence[str], prompt: str | None, side: str) -> list[NamedRow]:
     """The rows of a batch of columns. `wanted`: the modalities that the side of a retrieval task must have."""
     foreign = sorted({"audio", "video"} & {*batch, *wanted})
     if foreign:
@@ -182,7 +185,7 @@ def _describe(model: GCLModel, processor: GCLProcessor, name: str, settings: dic
         similarity_fn_name=ScoringFunction.DOT_PRODUCT,  # of unit vectors
         use_instructions="instructions" in settings,
         training_datasets=None,
-        modalities=list(MTEB_MODALITIES),
+        modalities=cast(list[Modalities], list(MTEB_MODALITIES)),
         experiment_kwargs=settings or None,
     )
 

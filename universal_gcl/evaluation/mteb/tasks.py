@@ -56,7 +56,7 @@ def measure_tasks(
         ValueError, FloatingPointError: as `GCLEncoder.encode`.
     """
     measured = mteb.evaluate(
-        encoder,
+        encoder,  # type: ignore[arg-type]  # see `GCLEncoder.encode`
         tasks,
         cache=mteb.ResultCache(out),
         encode_kwargs={"batch_size": batch_size, "show_progress_bar": show_progress},
