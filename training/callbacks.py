@@ -1,34 +1,47 @@
-"""What happens around the steps: epochs reach the data, the temperature keeps its bound, broken images are counted."""
+"""What happens between steps: the data set learns the epoch, the temperature is clamped, broken images are counted."""
 
-from transformers import TrainerCallback
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from universal_gcl.training.sharding import tell_optimizer
 
 
 class DataEpochCallback(TrainerCallback):
-    """Tells the data set which epoch it is in before its workers start, so that another caption is drawn."""
+    """Tells the data set the epoch before its workers start, so that each epoch draws another caption."""
 
-    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
         train_dataloader.dataset.set_epoch(int(state.epoch or 0))
 
 
 class BatchSizeCallback(TrainerCallback, ExportableState):
-    """Puts the pairs of a step into checkpoints, and refuses to resume where they differ or no step is left."""
+    """Saves the number of pairs per step in checkpoints. Refuses to resume with another number, or when no step is
+    left."""
 
-    def __init__(self, pairs_per_step):
+    def __init__(self, pairs_per_step: int) -> None:
         self.pairs_per_step = pairs_per_step
 
-    def state(self):
-        """What a checkpoint's `trainer_state.json` holds of this."""
+    def state(self) -> dict[str, dict]:
+        """What a checkpoint's `trainer_state.json` holds of this callback."""
         return {"args": {"pairs_per_step": self.pairs_per_step}, "attributes": {}}
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        saved = (state.stateful_callbacks or {}).get(type(self).__name__, self.state())["args"]["pairs_per_step"]
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        callbacks: dict[str, Any] = state.stateful_callbacks or {}
+        saved = callbacks.get(type(self).__name__, self.state())["args"]["pairs_per_step"]
         if saved != self.pairs_per_step:
             raise ValueError(
                 f"the checkpoint was trained with {saved} pairs a step, it can't be resumed with {self.pairs_per_step}:"
-                " use batches of the same size, or start anew from the checkpoint's weights (as model.encoder)"
+                " use the same batch size, or start a new run from the checkpoint's weights (as model.encoder)"
             )
         if state.global_step >= state.max_steps:
             raise ValueError(
@@ -40,16 +53,25 @@ class BatchSizeCallback(TrainerCallback, ExportableState):
 class LogitScaleCallback(TrainerCallback):
     """Clamps the temperature after every optimiser step, as CLIP does."""
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
         model.logit_scale.clamp_()
         tell_optimizer(model.logit_scale.log_scale)
 
 
 class BrokenImagesCallback(TrainerCallback):
-    """Counts the unreadable images over all processes when an epoch ends; each process alone sees but its share."""
+    """Counts the unreadable images over all processes when an epoch ends; each process meets only its own share."""
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.trainer.gather_broken_images()

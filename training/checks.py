@@ -1,6 +1,7 @@
-"""Settings that don't go together with the model or with each other, refused before training starts."""
+"""Checks what a recipe asks of model, data and loss together, before training starts."""
 
 import logging
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,7 +21,7 @@ def check_enough_pairs(arguments: GCLTrainingArguments, num_pairs: int) -> None:
         )
 
 
-def check_fusion(model: nn.Module, loss_name: str, modalities: tuple[str, ...]) -> None:
+def check_fusion(model: Any, loss_name: str, modalities: tuple[str, ...]) -> None:
     """Raise ValueError if the model has learned gates that the loss would leave untrained."""
     fusion = getattr(model, "fusion", None)
     if "fused" not in modalities and fusion is not None and any(p.requires_grad for p in fusion.parameters()):
@@ -66,3 +67,13 @@ def matryoshka_cuts(arguments: GCLTrainingArguments, projection_dim: int) -> lis
     except ValueError as error:
         raise ValueError(f"training.{error}") from error
     return sorted(cuts, reverse=True)
+
+
+def record_cuts(config: Any, cuts: list[int] | None) -> None:
+    """Write the dimensions of `matryoshka_cuts` into a model's configuration; warn if those it names are given up."""
+    if config.matryoshka_dims and cuts is None:
+        logger.warning(
+            f"The model was trained to be cut to {config.matryoshka_dims} dimensions. This training only uses the full "
+            "dimension, and the saved model will not name the others. To train them too, set training.matryoshka_dims."
+        )
+    config.matryoshka_dims = cuts

@@ -1,10 +1,12 @@
-"""How much memory there is, and how much an embedded pair takes: counted, on any device, on a handful of pairs."""
+"""Measures how much memory is available, and how much embedding a pair takes, on any device, with a few pairs."""
 
 import os
 import sys
 import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -14,36 +16,37 @@ from torch.utils._pytree import tree_leaves
 
 from universal_gcl.training.random_state import RandomState
 
-# of the memory at hand: the rest is for what operators take within themselves, fragments and the loss's tiles
+# of the available memory; the rest is left for the inner workings of operators, for fragmentation and the loss's tiles
 USABLE_SHARE = 0.8
-LARGEST_CHUNK = 4096  # a larger one is no faster
+LARGEST_CHUNK = 4096  # larger ones are no faster
 CGROUP = Path("/sys/fs/cgroup")
 
 
 class AllocationCounter(TorchDispatchMode):
-    """Inside, counts the bytes of tensors made and still alive, in forward and backward; `peak` is their maximum.
+    """A context that counts the bytes of new tensors that are still alive, in forward and backward; `peak` is their
+    maximum.
 
-    What an operator allocates and frees within itself is not seen.
+    Memory that an operator allocates and frees internally is not counted.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.peak = 0
         self._live = 0
         self._storages: dict[int, int] = {}
 
-    def ignore(self, tensor: torch.Tensor):
-        """Don't count a tensor that was there before, when an operator returns a view of it."""
+    def ignore(self, tensor: torch.Tensor) -> None:
+        """Don't count a tensor that existed before, when an operator returns a view of it."""
         self._storages.setdefault(tensor.untyped_storage().data_ptr(), 0)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor):
                 self._count(value.untyped_storage())
         return result
 
-    def _count(self, storage):
+    def _count(self, storage: torch.UntypedStorage) -> None:
         address, size = storage.data_ptr(), storage.nbytes()
         if size == 0 or address in self._storages:
             return
@@ -52,12 +55,12 @@ class AllocationCounter(TorchDispatchMode):
         self.peak = max(self.peak, self._live)
         weakref.finalize(storage, self._forget, address)
 
-    def _forget(self, address):
+    def _forget(self, address: int) -> None:
         self._live -= self._storages.pop(address)
 
 
-def count_peak(run, existing) -> int:
-    """Most bytes alive at once in `run()`, beyond the tensors in `existing`."""
+def count_peak(run: Callable[[], Any], existing: Iterable[torch.Tensor]) -> int:
+    """The most bytes alive at one time during `run()`, without the tensors in `existing`."""
     counter = AllocationCounter()
     for tensor in existing:
         counter.ignore(tensor)
@@ -67,8 +70,8 @@ def count_peak(run, existing) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that this process may still take on `device`. On the CPU the processes of a machine share them alike, and
-    a container's limit counts."""
+    """Bytes that this process can still allocate on `device`. On the CPU, the processes of a machine get equal shares,
+    and a container's limit is respected."""
     module = None if device.type == "cpu" else torch.get_device_module(device)
     if hasattr(module, "mem_get_info"):
         clear_device_cache()
@@ -78,13 +81,13 @@ def available_memory(device: torch.device) -> int:
         limit = (CGROUP / "memory.max").read_text().strip()
         if limit != "max":
             free = min(free, int(limit) - int((CGROUP / "memory.current").read_text()))
-    except OSError:  # no container, or the older kind
+    except OSError:  # no container, or one with cgroups version 1
         pass
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has held so far: of tensors on a GPU, else in its resident memory."""
+    """The most bytes that this process has held so far: in tensors on a GPU, otherwise in resident memory."""
     if device.type != "cpu":
         return torch.get_device_module(device).max_memory_allocated(device)
     process = psutil.Process().memory_info()
@@ -98,8 +101,8 @@ def peak_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class PairMemory:
-    """Bytes of forward and backward on n pairs at once: `constant + n * per_pair`, beside the parameters' gradients.
-    `inputs` bytes of a pair are the model's inputs, `dim` is the width of its embeddings."""
+    """Forward and backward on n pairs at a time take `constant + n * per_pair` bytes, without the gradients of the
+    parameters. A pair's inputs take `inputs` bytes, and its embeddings have `dim` entries."""
 
     per_pair: float
     constant: float
@@ -107,14 +110,16 @@ class PairMemory:
     dim: int
 
 
-def measure_pair_memory(embed, model, inputs: dict) -> PairMemory:
+def measure_pair_memory(
+    embed: Callable[..., tuple], model: torch.nn.Module, inputs: dict[str, torch.Tensor]
+) -> PairMemory:
     """
-    Embed few pairs, with gradient, at two sizes of the batch; leaves the model and the random numbers as they were.
+    Embed a few pairs, with gradient, in two batch sizes. The model and the random numbers stay unchanged.
 
     Args:
-        embed (`Callable`): as for `GradCache`.
-        model (`torch.nn.Module`): in the mode that it trains in.
-        inputs (`dict[str, torch.Tensor]`): of at least one pair, on the model's device.
+        embed (`Callable`): see `GradCache`.
+        model (`torch.nn.Module`): in training mode.
+        inputs (`dict[str, torch.Tensor]`): at least one pair, on the model's device.
     """
     num_pairs = len(next(iter(inputs.values())))
     buffers = [buffer.clone() for buffer in model.buffers()]
@@ -122,10 +127,10 @@ def measure_pair_memory(embed, model, inputs: dict) -> PairMemory:
     states = [RandomState(device) for device in devices]
     existing = [*model.parameters(), *model.buffers(), *inputs.values()]
     small = _small_parameters(model)
-    dims = []
+    dims: list[int] = []
 
-    def peak(n):
-        def run():
+    def peak(n: int) -> int:
+        def run() -> None:
             outputs = embed(model, {name: values[:n] for name, values in inputs.items()})
             total = sum(output.float().sum() for output in outputs if output.requires_grad)
             torch.autograd.grad(total, small, allow_unused=True)
@@ -144,11 +149,11 @@ def measure_pair_memory(embed, model, inputs: dict) -> PairMemory:
     return PairMemory(per_pair, max(0.0, large - num_pairs * per_pair), of_inputs, dims[0])
 
 
-def _small_parameters(model):
-    """Biases, norms and adapters: going back to them passes every layer, but makes no gradient as large as a weight,
-    which on few pairs would outweigh the activations that are to be counted."""
+def _small_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Biases, norms and adapters. Their backward pass goes through every layer, but makes no gradients as large as the
+    weights, which would outweigh the activations of a few pairs."""
     room = sum(p.numel() for p in model.parameters()) // 64
-    small = []
+    small: list[torch.nn.Parameter] = []
     for parameter in sorted((p for p in model.parameters() if p.requires_grad), key=torch.Tensor.numel):
         room -= parameter.numel()
         if room >= 0 or parameter.ndim <= 1 or not small:
@@ -156,9 +161,12 @@ def _small_parameters(model):
     return small
 
 
-def fixed_memory(model, device: torch.device, pair: PairMemory, local_pairs: int, all_pairs: int) -> float:
-    """Bytes that a GradCache step takes whatever the chunk: what is not allocated yet of weights, gradients, AdamW's
-    state and DistributedDataParallel's buckets, the batch itself, its embeddings and what the loss makes of them."""
+def fixed_memory(
+    model: torch.nn.Module, device: torch.device, pair: PairMemory, local_pairs: int, all_pairs: int
+) -> float:
+    """Bytes that a GradCache step takes with any chunk size: weights, gradients, AdamW's state and
+    DistributedDataParallel's buckets as far as they aren't allocated yet, the batch, its embeddings, and the loss's
+    copies of them."""
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     absent = sum(p.numel() * p.element_size() for p in model.parameters() if p.device.type != device.type)
     buckets = trained if all_pairs > local_pairs else 0
@@ -168,24 +176,31 @@ def fixed_memory(model, device: torch.device, pair: PairMemory, local_pairs: int
 
 
 def chunk_that_fits(budget: float, fixed: float, per_pair: float) -> int:
-    """The largest power of two of pairs, each of `per_pair` bytes, for which `budget` bytes suffice beside `fixed`
-    ones; 0 if not even one pair fits, at most `LARGEST_CHUNK`."""
+    """The largest power of two of pairs that fits: `per_pair` bytes each, `budget` bytes in all, of which `fixed` are
+    taken. 0 if no pair fits; at most `LARGEST_CHUNK`."""
     pairs = int((budget - fixed) / per_pair) if budget > fixed else 0
     return min(LARGEST_CHUNK, 1 << (pairs.bit_length() - 1)) if pairs else 0
 
 
-def fit_chunk(embed, model, inputs: dict, device: torch.device, all_pairs: int, exchange) -> int:
+def fit_chunk(
+    embed: Callable[..., tuple],
+    model: torch.nn.Module,
+    inputs: dict[str, torch.Tensor],
+    device: torch.device,
+    all_pairs: int,
+    exchange: Callable[[int], list[int]],
+) -> int:
     """
-    The largest power of two of pairs that may be embedded at once on every process.
+    The largest power of two of pairs that can be embedded at a time on every process.
 
     Args:
-        embed (`Callable`), exchange (`Callable`): as for `GradCache`.
-        model, inputs: as for `measure_pair_memory`, but the inputs on any device.
-        device: where training will be.
+        embed (`Callable`), exchange (`Callable`): see `GradCache`.
+        model, inputs: see `measure_pair_memory`; the inputs may be on any device.
+        device: the device of the training.
         all_pairs: pairs of an optimiser step over all processes.
 
     Raises:
-        ValueError: on all processes, when on one of them not a single pair fits.
+        ValueError: on all processes, if no pair fits on one of them.
     """
     here = next(model.parameters()).device
     pair = measure_pair_memory(embed, model, {name: values.to(here) for name, values in inputs.items()})
@@ -197,7 +212,7 @@ def fit_chunk(embed, model, inputs: dict, device: torch.device, all_pairs: int, 
         raise ValueError(
             f"training.effective_batch_size {all_pairs} does not fit on rank {fits.index(0)}: one pair takes "
             f"{pair.per_pair / 2**20:.1f} MiB, the batch, its embeddings and the optimiser {fixed / 2**20:,.0f} MiB; "
-            f"{available / 2**20:,.0f} MiB are free here, {USABLE_SHARE:.0%} of which may be used. Lower it, use more "
+            f"{available / 2**20:,.0f} MiB are free here, of which {USABLE_SHARE:.0%} can be used. Lower it, use more "
             "processes, or free memory"
         )
     return min(fits)

@@ -1,24 +1,29 @@
-"""What several processes can and can't do together, said before training starts.
+"""Refuses kinds of parallelism that don't work here, before training starts.
 
-Every rank must hold equally many different pairs, and gradients be averaged over ranks: so do DistributedDataParallel,
-FSDP2 and DeepSpeed ZeRO-1.
+Every rank must hold the same number of pairs, no pair may be on two ranks, and gradients must be averaged over the
+ranks, as DistributedDataParallel, FSDP2 and DeepSpeed ZeRO-1 do.
 """
 
 import os
+from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from torch import nn
+
+from universal_gcl.training.training_arguments import GCLTrainingArguments
 
 CONFIGS = "use one of hub_configs/accelerate/: eight_gpus.yaml (DDP), fsdp2.yaml, zero1.yaml"
 
 
-def check_parallelism(arguments, accelerator, model):
+def check_parallelism(arguments: GCLTrainingArguments, accelerator: Accelerator, model: nn.Module) -> None:
     """
-    Refuse ways to share out the work that would train wrongly, hang, or that nobody has tested.
+    Refuse kinds of parallelism that would train wrongly or hang, or that are not tested.
 
     Args:
-        arguments (`GCLTrainingArguments`): of this process.
-        accelerator (`accelerate.Accelerator`): of this process.
-        model (`nn.Module`): not moved or wrapped yet.
+        arguments (`GCLTrainingArguments`): this process's.
+        accelerator (`accelerate.Accelerator`): this process's.
+        model (`nn.Module`): not yet moved or wrapped.
 
     Raises:
         ValueError: naming the setting and the remedy; the same on every rank.
@@ -29,7 +34,7 @@ def check_parallelism(arguments, accelerator, model):
             f"accelerate launch --num_processes {arguments.n_gpu} train.py ... (or set CUDA_VISIBLE_DEVICES=0)"
         )
     launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched > 1 and arguments.world_size == 1:  # so accelerate takes processes that find no GPU
+    if launched > 1 and arguments.world_size == 1:  # what accelerate makes of processes that find no GPU
         raise ValueError(
             f"{launched} processes were launched, but each would train alone: there is no GPU here. Add --use_cpu"
         )
@@ -40,11 +45,11 @@ def check_parallelism(arguments, accelerator, model):
     _check_model_parallelism(accelerator)
     if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and hasattr(model, "peft_config"):
         raise ValueError(
-            f"LoRA does not work here with {kind.value}: its gradients and optimiser state are small, so use "
-            "hub_configs/accelerate/eight_gpus.yaml (DDP)"
+            f"LoRA does not work here with {kind.value}: use hub_configs/accelerate/eight_gpus.yaml (DDP), since its "
+            "gradients and optimiser state are small"
         )
     if arguments.world_size > 1 and getattr(model, "is_quantized", False):
-        raise ValueError("peft.load_in_4bit is for one process: leave it out with several")
+        raise ValueError("peft.load_in_4bit works in one process only: leave it out with several")
     if kind == DistributedType.FSDP:
         _check_fsdp(accelerator.state.fsdp_plugin, accelerator.mixed_precision)
     if kind == DistributedType.DEEPSPEED:
@@ -53,8 +58,8 @@ def check_parallelism(arguments, accelerator, model):
         _check_batches(arguments)
 
 
-def _check_asked_for(arguments, kind):
-    """accelerate falls back to DDP, without a word, where it finds no GPU."""
+def _check_asked_for(arguments: GCLTrainingArguments, kind: DistributedType) -> None:
+    """Without GPUs, accelerate falls back to DDP and doesn't say so."""
     asked = {
         DistributedType.FSDP: arguments.fsdp or _is_set("ACCELERATE_USE_FSDP"),
         DistributedType.DEEPSPEED: arguments.deepspeed or _is_set("ACCELERATE_USE_DEEPSPEED"),
@@ -67,22 +72,22 @@ def _check_asked_for(arguments, kind):
             )
 
 
-def _is_set(name):
+def _is_set(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
 
 
-def _check_model_parallelism(accelerator):
+def _check_model_parallelism(accelerator: Accelerator) -> None:
     config = accelerator.parallelism_config
     for name in ("tp_size", "cp_size", "sp_size", "dp_replicate_size"):
         size = getattr(config, name, 1)
         if size > 1:
             raise ValueError(
-                f"parallelism_config.{name} is {size}: only data parallelism over all processes is supported, since "
-                f"every rank must hold pairs of its own. Leave it 1, and {CONFIGS}"
+                f"parallelism_config.{name} is {size}: only data parallelism over all processes is supported, because "
+                f"every rank must hold pairs of its own. Leave it at 1, and {CONFIGS}"
             )
 
 
-def _check_fsdp(plugin, mixed_precision):
+def _check_fsdp(plugin: Any, mixed_precision: str) -> None:
     if plugin.fsdp_version != 2:
         raise ValueError(f"FSDP version {plugin.fsdp_version} is not supported: set fsdp_version: 2, or {CONFIGS}")
     from torch.distributed.fsdp import CPUOffloadPolicy  # needs a build of torch with torch.distributed
@@ -102,7 +107,7 @@ def _check_fsdp(plugin, mixed_precision):
             raise ValueError(f"{name} does not work here with FSDP2: set it to {remedy}")
 
 
-def _check_deepspeed(plugin):
+def _check_deepspeed(plugin: Any) -> None:
     if plugin.zero_stage != 1:
         raise ValueError(
             f"DeepSpeed ZeRO stage {plugin.zero_stage} is not supported: set zero_stage: 1, or use "
@@ -118,8 +123,8 @@ def _check_deepspeed(plugin):
         raise ValueError("DeepSpeed's offload_optimizer_device is not supported: set it to none")
 
 
-def _check_batches(arguments):
-    config = arguments.accelerator_config
+def _check_batches(arguments: GCLTrainingArguments) -> None:
+    config: Any = arguments.accelerator_config
     if config.split_batches:
         raise ValueError(
             "training.accelerator_config.split_batches must be false: per_device_train_batch_size counts the pairs of "
@@ -127,7 +132,7 @@ def _check_batches(arguments):
         )
     if config.dispatch_batches:
         raise ValueError(
-            "training.accelerator_config.dispatch_batches must be false: every process reads its own pairs"
+            "training.accelerator_config.dispatch_batches must be false: every process loads its own pairs"
         )
     if arguments.auto_find_batch_size:
         raise ValueError(
@@ -141,6 +146,6 @@ def _check_batches(arguments):
         )
     if not arguments.dataloader_drop_last and not arguments.mask_equal_ids:
         raise ValueError(
-            "training.dataloader_drop_last: false fills the last batches of several processes by repeating pairs, "
-            "which training.mask_equal_ids: false makes negatives of themselves: set one of them to true"
+            "training.dataloader_drop_last: false repeats pairs to fill the last batches of several processes, and "
+            "training.mask_equal_ids: false makes such pairs negatives of themselves: set one of them to true"
         )

@@ -10,7 +10,6 @@ Notable features:
 - `evaluate` runs `evaluation.pairs.measure` instead of computing a loss.
 """
 
-import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -31,7 +30,13 @@ from universal_gcl.training.callbacks import (
     DataEpochCallback,
     LogitScaleCallback,
 )
-from universal_gcl.training.checks import check_enough_pairs, check_fusion, check_grad_cache, matryoshka_cuts
+from universal_gcl.training.checks import (
+    check_enough_pairs,
+    check_fusion,
+    check_grad_cache,
+    matryoshka_cuts,
+    record_cuts,
+)
 from universal_gcl.training.chunks import most_tokens, widen_texts
 from universal_gcl.training.data import BrokenImages
 from universal_gcl.training.distributed import BatchProcesses, RowShardedEncoder
@@ -43,8 +48,7 @@ from universal_gcl.training.parallelism import check_parallelism
 from universal_gcl.training.parameter_trainer import ParameterTrainer
 from universal_gcl.training.sharding import SavedClassCallback, prepare_sharding, whole_parameters
 from universal_gcl.training.step_timer import StepTimer, StepTimerCallback
-
-logger = logging.getLogger(__name__)
+from universal_gcl.training.training_arguments import GCLTrainingArguments
 
 LABELS = ("ids", "caption_ids", "broken")  # what a batch holds besides the model's inputs
 MODALITIES = tuple(FEATURES.values())
@@ -105,6 +109,11 @@ class GCLTrainer(ParameterTrainer):
         FloatingPointError: embeddings or the temperature are NaN or infinite.
     """
 
+    args: GCLTrainingArguments
+    model: Any
+    train_dataset: Any
+    optimizer: Any
+
     def __init__(
         self, *args: Any, loss: LossFunction | None = None, max_broken_share: float = 0.01, **kwargs: Any
     ) -> None:
@@ -151,14 +160,7 @@ class GCLTrainer(ParameterTrainer):
         self._num_steps = 0
         self.timer.pop_shares()
         self.loss_parameters.start()
-        config = self.accelerator.unwrap_model(self.model).config
-        if config.matryoshka_dims and self._cuts is None:
-            logger.warning(
-                f"The model was trained to be cut to {config.matryoshka_dims} dimensions. This training only uses the "
-                "full dimension, and the saved model will not name the others. To train them too, set "
-                "training.matryoshka_dims."
-            )
-        config.matryoshka_dims = self._cuts
+        record_cuts(self.accelerator.unwrap_model(self.model).config, self._cuts)
         return super().train(*args, **kwargs)
 
     def get_batch_samples(
@@ -390,11 +392,12 @@ class GCLTrainer(ParameterTrainer):
 
     def evaluate(
         self,
-        eval_dataset: Sequence[dict] | None = None,
+        eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The nine-way evaluation; logs and returns its headline, mixed and gap figures under `metric_key_prefix`."""
+        """The nine-way evaluation of `eval_dataset`, a sequence of pairs. Logs and returns its headline, mixed and gap
+        figures under `metric_key_prefix`."""
         result = evaluate_embeddings(self.embed_eval_pairs(eval_dataset), seed=self.args.eval_seed)
         metrics = headline_metrics(result, metric_key_prefix)
         self.log(dict(metrics))

@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -189,7 +190,8 @@ class GCLTrainingArguments(LossSettings, TrainingArguments):
         super().__post_init__()
         # pinned memory serves copies to an accelerator; without one, torch warns in every worker
         self.dataloader_pin_memory = self.dataloader_pin_memory and self.device.type != "cpu"
-        self.accelerator_config.non_blocking = self.dataloader_pin_memory
+        accelerator: Any = self.accelerator_config
+        accelerator.non_blocking = self.dataloader_pin_memory
         self.dataloader_persistent_workers = self.dataloader_persistent_workers and self.dataloader_num_workers > 0
 
     def make_loss(self) -> Loss:

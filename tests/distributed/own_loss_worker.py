@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from tests.support.own_losses import SigmoidLoss, UniformTrainer, trained, weights
+from tests.support.own_losses import LocalSigmoidLoss, SigmoidLoss, UniformTrainer, trained, weights
 from universal_gcl.retrieval.processes import world_size
 from universal_gcl.training.trainer import GCLTrainer
 
@@ -19,7 +19,10 @@ CASES = {
     "override, plain": OVERRIDE,
     "override, cached": OVERRIDE | CHUNKS,
     "parameters, clipped, with another start on rank 1": OWN | {"max_grad_norm": 0.1, "start": True},
-    "parameters, cached and accumulated": OWN | CHUNKS | {"gradient_accumulation_steps": 2},
+    "parameters, local anchors": OWN | {"loss": LocalSigmoidLoss},
+    "parameters, local anchors, cached and accumulated": OWN
+    | {"loss": LocalSigmoidLoss, "gradient_accumulation_steps": 2}
+    | CHUNKS,
 }
 
 

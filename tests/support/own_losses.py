@@ -16,6 +16,16 @@ for example in doctest.DocTestParser().get_examples(GCLTrainer.__doc__):
 UniformTrainer, SigmoidLoss = EXAMPLES["UniformTrainer"], EXAMPLES["SigmoidLoss"]
 
 
+class LocalSigmoidLoss(SigmoidLoss):
+    """The same loss with this process's images only: its gradients differ between the processes."""
+
+    def forward(self, image_embeds, text_embeds, logit_scale, processes, **labels):
+        texts, start = processes.gather(text_embeds), processes.rank * len(image_embeds)
+        logits = logit_scale * image_embeds @ texts.T + self.bias
+        signs = 2 * torch.eye(len(texts))[start : start + len(image_embeds)] - 1
+        return -nn.functional.logsigmoid(signs * logits).sum(1).mean()
+
+
 def exact_model():
     """A tiny model in float64, without dropout, whose runs can be compared to 1e-9."""
     encoder = tiny_encoder("clip")

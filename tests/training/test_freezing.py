@@ -47,7 +47,7 @@ def test_a_backbone_whose_projection_is_inside_its_tower_freezes_too():
 
 
 def test_nothing_left_to_train_is_an_error():
-    with pytest.raises(ValueError, match="leaves nothing to train but the temperature"):
+    with pytest.raises(ValueError, match="leaves only the temperature to train"):
         freeze_parts(GCLModel.from_encoder(tiny_encoder("clip")), ["image", "text"])
 
 

@@ -125,5 +125,5 @@ def test_lora_is_for_ddp(kind, state, monkeypatch):
 def test_4_bits_are_for_one_process(monkeypatch):
     quantized = SimpleNamespace(is_quantized=True)
     check(monkeypatch, DistributedType.NO, world_size=1, model=quantized)
-    with pytest.raises(ValueError, match="peft.load_in_4bit is for one process"):
+    with pytest.raises(ValueError, match="peft.load_in_4bit works in one process only"):
         check(monkeypatch, model=quantized)
