@@ -8,7 +8,7 @@ SITE_PACKAGES := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 TOWERS := build/minilm-efficientnet-lite0-96
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 # a process a core, four at most: each takes up to 2 GB
-PYTEST := -m pytest -q -m "not gpu and not slow" -n logical --maxprocesses 4 --dist loadfile
+PYTEST := -m pytest -q -m "not gpu and not slow and not wheel" -n logical --maxprocesses 4 --dist loadfile
 DOORS := tests/publishing/test_doors.py tests/conversion/test_to_clip.py tests/publishing/test_push.py \
 	tests/publishing/test_adapter.py
 # models, checkpoints and a short training: on the oldest version of all
@@ -18,7 +18,7 @@ ALSO_ON_5.12 := tests/modeling_gcl tests/publishing/test_hub_folder.py tests/con
 	--ignore-glob "*/modeling_gcl/test_kernels.py"
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart install test test-supported $(SUPPORTED:%=test-on-%) lint bench clean
+.PHONY: help quickstart install test test-wheel test-supported $(SUPPORTED:%=test-on-%) lint bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -42,6 +42,9 @@ quickstart: $(VENV)/installed $(TOWERS)/model.safetensors  ## train, evaluate an
 test: $(VENV)/installed  ## run the whole test suite, without network and GPU
 	$(TEST_ENV) $(BIN)/python $(PYTEST)
 
+test-wheel: $(VENV)/installed  ## install the wheel in an empty environment and use it from there; needs a package index
+	$(TEST_ENV) $(BIN)/python -m pytest -q -m wheel tests/test_wheel.py
+
 test-supported: $(SUPPORTED:%=test-on-%)  ## test every door into a checkpoint on older transformers, models and training on the oldest
 
 $(SUPPORTED:%=test-on-%): test-on-%: build/transformers-%/installed
@@ -55,8 +58,8 @@ $(SUPPORTED:%=build/transformers-%/installed): build/transformers-%/installed: c
 	$(BIN)/pip --python $(@D)/bin/python install --quiet -r $<
 	touch $@
 
-lint: $(VENV)/installed  ## check style
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(VENV)/installed  ## check style and types
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 bench: $(VENV)/installed  ## measure speed and memory against peers (half an hour of a quiet machine); writes docs/performance.md
 	$(BIN)/pip install --quiet -c constraints-cpu.txt -e ".[bench]"
