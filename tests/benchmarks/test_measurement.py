@@ -15,7 +15,7 @@ def entry(seconds, rates=(1e9, 1e9), **figures):
     return {"seconds": seconds, "bytes": 10, "gemm_rates": list(rates), **figures}
 
 
-def test_a_measurement_beside_which_something_else_ran_is_dropped():
+def test_a_disturbed_measurement_is_dropped():
     assert steady(entry(1, (1.0e9, 1.09e9))) and steady(entry(1, (1.09e9, 1.0e9)))
     assert not steady(entry(1, (1.0e9, 1.11e9))) and not steady(entry(1, (1.11e9, 1.0e9)))
 

@@ -102,7 +102,7 @@ def test_without_a_repository_there_is_no_commit(tmp_path):
 
 
 def test_the_repository_of_a_git_hook_is_not_ours(tmp_path, monkeypatch):
-    """In a hook, git's variables name the repository whose hook runs, whatever the folder."""
+    """In a hook, git's variables name the repository whose hook runs; they win over the folder."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     package = copy_source(ours)
     sha = commit_all(ours)

@@ -202,7 +202,7 @@ def git_state(package: Path, leave_out: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _git(repository: Path, *arguments: str) -> str:
-    # inside a git hook these variables name the hook's repository, whatever -C says
+    # inside a git hook these variables name the hook's repository and win over -C
     environ = {name: value for name, value in os.environ.items() if name not in _GIT_VARIABLES}
     command = ["git", "-C", str(repository), *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, env=environ).stdout
