@@ -155,6 +155,14 @@ class GCLModel(FromEncoderMixin, EncodingMixin, GCLPreTrainedModel):
         """Replace the text tower's token embeddings."""
         self.text_model.set_input_embeddings(value)
 
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """As `PreTrainedModel.set_attn_implementation`, but it may be called again. (Up to transformers 5.17, the
+        configurations of models inside the backbone keep the mark that excludes them from a second change.)"""
+        super().set_attn_implementation(*args, **kwargs)
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel):
+                vars(module.config).pop("_attn_was_changed", None)
+
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, except that frozen parts stay in eval mode: towers and projections without a trainable
         parameter (no dropout), and batch norms whose weights are frozen, as they are under LoRA (fixed statistics)."""
