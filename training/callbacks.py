@@ -36,7 +36,7 @@ class BatchSizeCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        callbacks: dict[str, Any] = state.stateful_callbacks or {}
+        callbacks: Any = state.stateful_callbacks or {}
         saved = callbacks.get(type(self).__name__, self.state())["args"]["pairs_per_step"]
         if saved != self.pairs_per_step:
             raise ValueError(

@@ -89,5 +89,5 @@ def widen_texts(inputs: dict[str, torch.Tensor], num_tokens: int) -> dict[str, t
 def most_tokens(processor: Any) -> int:
     """The most tokens that a text of this processor may have; 0 if that is not known."""
     tokenizer = getattr(processor, "tokenizer", None)
-    limit = getattr(processor, "max_text_length", None) or getattr(tokenizer, "model_max_length", 0)
+    limit: Any = getattr(processor, "max_text_length", None) or getattr(tokenizer, "model_max_length", 0)
     return limit if limit < 1_000_000 else 0  # tokenizers without a limit state 10^30

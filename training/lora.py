@@ -48,7 +48,7 @@ def add_lora(model: Any, arguments: LoraArguments, base: str) -> Any:
     saved = [name for name in TRAINED_WHOLE if _is_trained(getattr(model, name))]
     config = LoraConfig(
         r=arguments.r,
-        lora_alpha=arguments.lora_alpha,
+        lora_alpha=arguments.lora_alpha,  # type: ignore[arg-type]  # peft only divides it
         lora_dropout=arguments.lora_dropout,
         use_rslora=arguments.use_rslora,
         use_dora=arguments.use_dora,

@@ -46,7 +46,7 @@ class LossParameters:
         """The parameters that require a gradient."""
         return [] if self.module is None else [p for p in self.module.parameters() if p.requires_grad]
 
-    def beside(self, model: nn.Module) -> nn.Module:
+    def with_model(self, model: nn.Module) -> nn.Module:
         """A module whose parameters are those of `model` and the trained ones of the loss."""
         return nn.ModuleList([model, self.module]) if self.module is not None and self.trained else model
 

@@ -72,7 +72,7 @@ def count_peak(run: Callable[[], Any], existing: Iterable[torch.Tensor]) -> int:
 def available_memory(device: torch.device) -> int:
     """Bytes that this process can still allocate on `device`. On the CPU, the processes of a machine get equal shares,
     and a container's limit is respected."""
-    module = None if device.type == "cpu" else torch.get_device_module(device)
+    module: Any = None if device.type == "cpu" else torch.get_device_module(device)
     if hasattr(module, "mem_get_info"):
         clear_device_cache()
         return module.mem_get_info(device)[0]

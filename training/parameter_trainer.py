@@ -9,6 +9,7 @@ from transformers import Trainer
 
 from universal_gcl.retrieval.adapters import ADAPTER_WEIGHTS, check_adapter_keys, check_adapter_weights
 from universal_gcl.training.loss_parameters import LossParameters
+from universal_gcl.training.training_arguments import GCLTrainingArguments
 
 
 class ParameterTrainer(Trainer):
@@ -17,6 +18,10 @@ class ParameterTrainer(Trainer):
     `loss_parameters`, and calls its `start`, `clear_gradients` and `average_gradients` in training.
     """
 
+    args: GCLTrainingArguments
+    model: Any
+    train_dataset: Any
+    optimizer: Any
     loss_parameters: LossParameters
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -25,7 +30,7 @@ class ParameterTrainer(Trainer):
         Raises:
             ValueError: an optimizer was given that doesn't have them.
         """
-        super().create_optimizer(self.loss_parameters.beside(self.model if model is None else model))
+        super().create_optimizer(self.loss_parameters.with_model(self.model if model is None else model))
         self.loss_parameters.check_optimizer(self.optimizer)
         return self.optimizer
 
@@ -34,10 +39,10 @@ class ParameterTrainer(Trainer):
         return [name for name in super().get_decay_parameter_names(model) if "logit_scale" not in name]
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return super()._clip_grad_norm(self.loss_parameters.beside(model))
+        return super()._clip_grad_norm(self.loss_parameters.with_model(model))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return super()._get_grad_norm(self.loss_parameters.beside(model), grad_norm=grad_norm)
+        return super()._get_grad_norm(self.loss_parameters.with_model(model), grad_norm=grad_norm)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """The same as Trainer's, with the loss's parameters. An adapter is read back, because peft may leave out what
@@ -45,9 +50,10 @@ class ParameterTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if not self.args.should_save:  # other ranks come here too, before the files are written
             return
-        self.loss_parameters.save(output_dir or self.args.output_dir)
+        folder = str(output_dir or self.args.output_dir)
+        self.loss_parameters.save(folder)
         if self._has_adapter:
-            check_adapter_weights(output_dir or self.args.output_dir, self.model)
+            check_adapter_weights(folder, self.model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """The same as Trainer's, with the loss's parameters. Trainer would go on from the base model if a checkpoint

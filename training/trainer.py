@@ -48,7 +48,6 @@ from universal_gcl.training.parallelism import check_parallelism
 from universal_gcl.training.parameter_trainer import ParameterTrainer
 from universal_gcl.training.sharding import SavedClassCallback, prepare_sharding, whole_parameters
 from universal_gcl.training.step_timer import StepTimer, StepTimerCallback
-from universal_gcl.training.training_arguments import GCLTrainingArguments
 
 LABELS = ("ids", "caption_ids", "broken")  # what a batch holds besides the model's inputs
 MODALITIES = tuple(FEATURES.values())
@@ -109,11 +108,6 @@ class GCLTrainer(ParameterTrainer):
         FloatingPointError: embeddings or the temperature are NaN or infinite.
     """
 
-    args: GCLTrainingArguments
-    model: Any
-    train_dataset: Any
-    optimizer: Any
-
     def __init__(
         self, *args: Any, loss: LossFunction | None = None, max_broken_share: float = 0.01, **kwargs: Any
     ) -> None:
@@ -139,7 +133,7 @@ class GCLTrainer(ParameterTrainer):
         self._chunk_that_fits: int | None = None
         self.timer = StepTimer(self.args.device)
         if self.args.effective_batch_size is not None:
-            self._fit_effective_batch()
+            self._fit_effective_batch(self.args.effective_batch_size)
         self.grad_cache = self._build_grad_cache()
         self.current_gradient_accumulation_steps = 1
         self._fetched: list = []  # the micro-batches of this optimiser step, as Trainer holds them
@@ -315,15 +309,13 @@ class GCLTrainer(ParameterTrainer):
             loss_parameters=self.loss_parameters.trained,
         )
 
-    def _fit_effective_batch(self) -> None:
-        """Choose accumulation and chunk size for `effective_batch_size`. All processes choose the same."""
-        args = self.args
-        args.gradient_accumulation_steps = accumulation_for(
-            args.effective_batch_size, args.train_batch_size, args.world_size, len(self.train_dataset)
-        )
+    def _fit_effective_batch(self, size: int) -> None:
+        """Choose accumulation and chunk size for an effective batch of `size` pairs. All processes choose the same."""
+        args, num_pairs = self.args, len(self.train_dataset)
+        args.gradient_accumulation_steps = accumulation_for(size, args.train_batch_size, args.world_size, num_pairs)
         if args.grad_cache_chunk is not None:
             return
-        few = self.data_collator([self.train_dataset[i] for i in range(min(8, len(self.train_dataset)))])
+        few = self.data_collator([self.train_dataset[i] for i in range(min(8, num_pairs))])
         inputs = widen_texts({n: v for n, v in few.items() if n not in LABELS}, most_tokens(self.processing_class))
 
         def embed(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -331,9 +323,7 @@ class GCLTrainer(ParameterTrainer):
                 return self._embed(model, inputs)
 
         self.model.train()
-        self._chunk_that_fits = fit_chunk(
-            embed, self.model, inputs, self.args.device, args.effective_batch_size, self.processes.exchange
-        )
+        self._chunk_that_fits = fit_chunk(embed, self.model, inputs, args.device, size, self.processes.exchange)
         args.grad_cache_chunk = min(self._chunk_that_fits, args.train_batch_size)
 
     @property

@@ -34,15 +34,12 @@ AT_LEAST = {
 class GCLTrainingArguments(LossSettings, TrainingArguments):
     """`transformers.TrainingArguments` with the loss, and with defaults that suit contrastive training.
 
-    Only new fields and fields with another default are listed. The settings of each loss are listed with that loss, in
-    `training.losses`.
+    Only new fields and fields with another default are listed. `loss` and the settings of each loss are inherited from
+    `training.losses.LossSettings`.
 
     Args:
-        > Loss
+        > Negatives and dimensions
 
-        loss (`str`, *optional*, defaults to `"gcl"`):
-            `"gcl"` (arXiv 2509.25638), `"cl"` (symmetric image-text InfoNCE) or `"alignclip"` (CL with intra-modality
-            separation, arXiv 2406.17639).
         mask_equal_ids (`bool`, *optional*, defaults to `True`):
             Don't use items with the anchor's pair id as negatives.
         mask_equal_captions (`bool`, *optional*, defaults to `True`):
@@ -141,7 +138,6 @@ class GCLTrainingArguments(LossSettings, TrainingArguments):
         ValueError: naming the field, its value and what is allowed.
     """
 
-    loss: str = "gcl"
     mask_equal_ids: bool = True
     mask_equal_captions: bool = True
     matryoshka_dims: list[int] | None = None
@@ -150,7 +146,7 @@ class GCLTrainingArguments(LossSettings, TrainingArguments):
     effective_batch_size: int | None = None
     half_ring: bool = False
     eval_seed: int = 0
-    resume_from_checkpoint: bool | str | None = None
+    resume_from_checkpoint: bool | str | None = None  # type: ignore[assignment]  # true is the last one
     per_device_train_batch_size: int = 64
     gradient_accumulation_steps: int = 1
     ddp_find_unused_parameters: bool | None = False
@@ -166,13 +162,13 @@ class GCLTrainingArguments(LossSettings, TrainingArguments):
     report_to: None | str | list[str] = "none"
     save_strategy: str = "epoch"
     save_total_limit: int | None = 2
-    dataloader_num_workers: int | None = None
+    dataloader_num_workers: int | None = None  # type: ignore[assignment]  # None until it is chosen
     dataloader_persistent_workers: bool = True
     dataloader_pin_memory: bool = True
     dataloader_drop_last: bool = True
     eval_on_start: bool = True
     remove_unused_columns: bool = False
-    push_to_hub: str | None = None
+    push_to_hub: str | None = None  # type: ignore[assignment]  # ours names the repository
 
     def __post_init__(self) -> None:
         one_of("training.loss", self.loss, tuple(LOSSES))

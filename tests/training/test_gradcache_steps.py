@@ -91,3 +91,18 @@ def test_random_states_are_those_of_the_cpu_here():
     first = torch.rand(3)
     state.restore()
     assert torch.equal(first, torch.rand(3))
+
+
+def test_weights_that_the_loss_uses_directly_are_refused_where_they_are_sharded():
+    model = toy()
+
+    def regularised(embeds, scale, labels):
+        loss, terms = toy_loss(embeds, scale, labels)
+        return loss + model.image.weight.square().sum(), terms
+
+    cache = grad_cache(2, sharded=True)
+    cache.loss = regularised
+    with pytest.raises(ValueError, match="depends on weights of the model, which FSDP2 shards.*eight_gpus.yaml"):
+        cache.step(model, [toy_batch(4)])
+    cache.sharded = False
+    cache.step(model, [toy_batch(4)])

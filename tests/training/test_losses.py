@@ -39,6 +39,8 @@ def test_negatives_are_those_that_the_loss_has(loss, own):
 def test_settings_are_fields_of_the_training_arguments_with_help_and_defaults(tmp_path):
     described = {name: text for group in field_docs(LossSettings).values() for name, _, text in group}
     arguments = GCLTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert arguments.loss == "gcl" and all(f'`"{name}"`: ' in described["loss"] for name in LOSSES)
+    del described["loss"]
     for loss in LOSSES.values():
         for entry in dataclasses.fields(loss):
             assert described.pop(entry.name) and getattr(arguments, entry.name) == entry.default

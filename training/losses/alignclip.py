@@ -13,7 +13,7 @@ from universal_gcl.training.losses.loss import Loss
 @dataclass(frozen=True)
 class AlignCLIP(Loss):
     """
-    AlignCLIP: CL, plus a term that separates the embeddings of each modality from each other.
+    AlignCLIP (arXiv 2406.17639): CL, and a term that separates the embeddings within each modality.
 
     Args:
         > Loss alignclip

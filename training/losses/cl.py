@@ -11,7 +11,10 @@ from universal_gcl.training.losses.loss import Loss
 
 @dataclass(frozen=True)
 class CL(Loss):
-    """CL: the mean of the image-to-text and the text-to-image cross-entropy. It has no settings."""
+    """CLIP's loss (CL): the mean of the image-to-text and the text-to-image cross-entropy.
+
+    It has no settings.
+    """
 
     name = "cl"
     modalities = ("image", "text")

@@ -16,7 +16,7 @@ from universal_gcl.training.losses.loss import Loss
 @dataclass(frozen=True)
 class GCL(Loss):
     """
-    GCL: six directions between image, text and fused embeddings, each contrasted with the whole batch.
+    Generalized Contrastive Learning (arXiv 2509.25638): image, text and fused embeddings, in six directions.
 
     Args:
         > Loss gcl
