@@ -1,4 +1,4 @@
-"""A gallery holds every pair three times, finds what is nearest, and is written once."""
+"""A gallery has each pair as three candidates, finds the nearest ones, and is written only once."""
 
 import json
 
@@ -43,7 +43,7 @@ def test_a_second_call_embeds_nothing(tmp_path):
     write_gallery(colour_pairs(), models, tmp_path, name="colours")
     rows, file = models[0].model.rows, Gallery(tmp_path).picture(0)
     assert rows == 3 * len(COLOURS)
-    Image.new("RGB", (8, 8)).save(file)  # would be written anew if the pictures were
+    Image.new("RGB", (8, 8)).save(file)  # would be replaced if the pictures were written again
     write_gallery(colour_pairs(), models, tmp_path, name="colours")
     assert models[0].model.rows == rows and Image.open(file).size == (8, 8)
     other = colour_pairs(["green", *[colour for colour in COLOURS if colour != "green"]])
@@ -56,7 +56,7 @@ def test_a_second_call_embeds_nothing(tmp_path):
 def test_small_pictures_do_not_tell_where_they_were_taken(tmp_path):
     exif = Image.Exif()
     exif.get_ifd(0x8825)[1] = "N"
-    exif[0x0112] = 6  # lies on its side
+    exif[0x0112] = 6  # the photo is rotated
     pairs = colour_pairs(["red"])
     row = {"bytes": picture("red", exif=exif.tobytes()), "path": None}
     pairs = pairs.remove_columns("image").add_column("image", [row])

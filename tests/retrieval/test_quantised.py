@@ -1,4 +1,4 @@
-"""The int8 form of a store: made once, only of these vectors, whole or not at all."""
+"""The int8 codes of a store are computed once, belong to its vectors, and are complete or absent."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def made(monkeypatch):
-    """How often rows were quantised: a list that grows."""
+    """A list with one entry for each part of a pool whose codes were computed."""
     calls, part = [], StreamedCodes.part
     monkeypatch.setattr(StreamedCodes, "part", lambda *args: calls.append(args) or part(*args))
     return calls
@@ -78,13 +78,15 @@ def test_what_is_kept_describes_the_vectors(tmp_path):
     codes, lengths = kept.part(0, len(pool))
     assert codes.abs().max() <= 127 and (codes[:, 19:] == 0).all()
     residual = vectors - kept.mean - kept.scale.double() * codes[:, :19]
-    assert (residual.abs() <= 0.5001 * kept.scale).float().mean() > 0.99  # else clipped, beyond the sample
+    assert (
+        residual.abs() <= 0.5001 * kept.scale
+    ).float().mean() > 0.99  # the rest is clipped, as it is outside the range of the sample
     expected = torch.stack([codes.double().norm(dim=1), residual.norm(dim=1), vectors.norm(dim=1)])
     assert torch.allclose(lengths.double(), expected, rtol=1e-3)
 
 
 def other_vectors(folder):
-    """Those of another pool, of as many rows, under the same manifest."""
+    """Replace the vectors by those of another pool of the same size, and keep the manifest."""
     make_pool(folder / "other", seed=1)
     for path in (folder / "other").glob("vectors-*.npy"):
         shutil.copy(path, folder / path.name)

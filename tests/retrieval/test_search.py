@@ -8,7 +8,7 @@ from universal_gcl.retrieval.search import exact_top_k
 
 
 def slow_top_k(queries, candidates, k):
-    """Sort all pairs by descending score, then by index, in Python integers."""
+    """Sort all pairs by descending score, then by index, with Python integers."""
     rankings = []
     for query in queries:
         scores = [sum(int(a) * int(b) for a, b in zip(query, row, strict=True)) for row in candidates]
@@ -19,7 +19,7 @@ def slow_top_k(queries, candidates, k):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_equals_a_full_sort_with_ties_for_every_chunk_size(data):
-    # entries of -1, 0, 1 make ties the rule
+    # with entries of -1, 0 and 1, most scores are tied
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     num_queries, num_candidates, width = (data.draw(st.integers(1, 12)) for _ in range(3))
     k = data.draw(st.integers(1, num_candidates))

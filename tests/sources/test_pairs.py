@@ -1,4 +1,4 @@
-"""Sources of pairs: every form that is read."""
+"""Every form of a source of pairs can be read."""
 
 import hashlib
 import json
@@ -90,7 +90,9 @@ def test_paths_of_windows(photos):
     rows = [ROWS[0], ["a.png", "A red."], ["sub\\c.png", "A blue."], ["sub/c.png", "Blue."]]
     pairs = load_pairs(SourceArguments(write_csv(photos / "x.csv", rows)))
     assert as_dict(pairs)["sub\\c.png"] == ("sub/c.png", ["A blue.", "Blue."])
-    (photos / "sub\\d.png").write_bytes((photos / "a.png").read_bytes())  # a name that is allowed elsewhere
+    (photos / "sub\\d.png").write_bytes(
+        (photos / "a.png").read_bytes()
+    )  # outside Windows, this is a valid name of a file
     pairs = load_pairs(SourceArguments(write_csv(photos / "x.csv", [ROWS[0], ["sub\\d.png", "A red."]])))
     assert pairs[0]["image"]["path"] == str(photos / "sub\\d.png")
     source = SourceArguments(write_csv(photos / "x.csv", [*ROWS, ["C:\\photos\\e.png", "A red."]]))
@@ -180,7 +182,7 @@ def image_table(*images, **columns):
 
 
 def write_image_parquet(path, *images):
-    # pyarrow directly: to_parquet would put the files' bytes in
+    # with pyarrow, because to_parquet would store the bytes of the files
     columns, _ = image_table(*images)
     struct = pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())])
     table = pyarrow.table({"image": pyarrow.array(columns["image"], struct), "text": columns["text"]})
@@ -191,7 +193,7 @@ def write_image_parquet(path, *images):
 def test_parquet_rows_with_a_path_alone_are_files_below_the_root(tmp_path, photos):
     images = [
         {"bytes": None, "path": "sub/c.png"},
-        {"bytes": png("red"), "path": "../elsewhere.png"},  # a name: the bytes are there
+        {"bytes": png("red"), "path": "../elsewhere.png"},  # not used as a path, because the bytes are stored
         {"bytes": b"", "path": None},
         {"bytes": b"", "path": str(photos / "b.png")},
         {"bytes": None, "path": "sub\\gone.png"},

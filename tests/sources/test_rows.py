@@ -1,4 +1,4 @@
-"""Rows of files and of captioned images; `gcl embed` and `gcl search` over them."""
+"""Rows are read from files and made from captioned images; `gcl embed` and `gcl search` work on both."""
 
 import json
 import shutil
@@ -147,7 +147,7 @@ def test_a_broken_model_is_a_message(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_process_of_a_launch_leaves_at_once(broken, folder, tmp_path, monkeypatch, capsys):
-    """And the launcher ends the others: tests/distributed/test_failures.py."""
+    """The launcher then ends the other processes, see tests/distributed/test_failures.py."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("os._exit", sys.exit)
     if broken:

@@ -1,4 +1,4 @@
-"""Sources of pairs: the message for everything that is wrong."""
+"""For every fault in a source of pairs, there is an error message that names the place and the remedy."""
 
 import logging
 

@@ -62,7 +62,7 @@ def load_adapter(folder: str | Path, base: str | None = None, revision: str | No
     folder = Path(folder)
     base = base or adapter_base(folder)
     if Path(base).is_absolute() and not Path(base).is_dir():
-        raise ValueError(f"the base model of the adapter in {folder} is not at {base}: give its present folder")
+        raise ValueError(f"{base}, the base of the adapter in {folder}, is not there: give its present folder")
     expected = read_base_checksums(folder)
     if expected != weight_checksums(base, revision):
         raise ValueError(f"the adapter in {folder} is for another base than {base}: their weight files differ")
