@@ -16,12 +16,12 @@ from modeling_gcl import GCLModel
 from tests.support.backbones import random_image, tiny_model, tiny_processor
 from universal_gcl import train
 from universal_gcl.training.batch_plan import accumulation_for
+from universal_gcl.training.losses import LOSSES
 from universal_gcl.training.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[1]
 HUB_CONFIGS = ROOT / "hub_configs"
 RECIPES = sorted((HUB_CONFIGS / "lcs558k").glob("*.yaml"))
-LOSSES = ("gcl", "cl", "alignclip")
 LAUNCHES = {  # processes, machines, micro-batches of a step
     "one_process": (1, 1, 32), "eight_gpus": (8, 1, 4), "four_by_eight": (32, 4, 1),
 }  # fmt: skip
@@ -81,6 +81,11 @@ def test_dry_run(path, loss, workplace, clip_folder, monkeypatch, capsys):
     assert parts == TRAINED[backbone]
     [logged] = [entry for entry in results["log_history"] if "loss" in entry]
     assert {name for name in logged if name.startswith("loss_")} == TERMS[loss]
+    card = (out / "model" / "README.md").read_text()
+    assert LOSSES[loss].description in card and LOSSES[loss].citation in card
+    assert card.count("{lee2025generalized,") == 1
+    assert ("| denominator | all |" in card) == (loss == "gcl")
+    assert ("| separation_weight | 0.5 |" in card) == (loss == "alignclip")
     model = GCLModel.from_pretrained(out / "model")
     assert model.config.fusion == ("native" if backbone == "vista" else "sum")
     if backbone == "vista":

@@ -42,14 +42,13 @@ def build_run(recipe: Recipe, write_base: BaseWriter) -> TrainingRun:
     set_seed(arguments.seed)
     model, processor = build_model(recipe.model, data.max_text_length)
     preprocessing, how_preprocessed = choose_preprocessing(processor.image_processor)
-    if recipe.peft is not None:
-        model = build_lora(recipe, model, processor, write_base)
+    trained: nn.Module = model if recipe.peft is None else build_lora(recipe, model, processor, write_base)
     if preprocessing is not None:  # pixels travel as uint8, a quarter of the bytes, and are normalised on the device
-        model.register_forward_pre_hook(preprocessing.normalize_input, with_kwargs=True)
+        trained.register_forward_pre_hook(preprocessing.normalize_input, with_kwargs=True)
     train_dataset, reports = build_dataset(data, seed=arguments.seed, preprocessing=preprocessing)
     eval_pairs, eval_data = read_eval_pairs(data)
     trainer = GCLTrainer(
-        model=model,
+        model=trained,
         args=arguments,
         train_dataset=train_dataset,
         eval_dataset=eval_pairs,
@@ -109,7 +108,7 @@ def build_lora(recipe: Recipe, model: GCLModel, processor: GCLProcessor, write_b
     The adapters name the recipe's encoder as their base, if that is a GCL checkpoint which the recipe leaves as it is.
     Otherwise the model as it is now is saved to `<output_dir>/base`, and they name that.
     """
-    base, out = Path(recipe.model.encoder), Path(recipe.training.output_dir).absolute()
+    base, out = Path(recipe.model.encoder), Path(str(recipe.training.output_dir)).absolute()
     # the folder that this run writes to will hold other weights in the end
     if not is_unchanged(recipe.model) or base.resolve() == (out / "model").resolve():
         base = out / "base"

@@ -82,7 +82,7 @@ class PairDataset(torch.utils.data.Dataset):
                     )
         # in shared memory, so that workers which persist from epoch to epoch see the change
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._plan = None
+        self._plan: tuple[int, np.ndarray, np.ndarray] | None = None  # epoch, sources, rows
 
     def __len__(self):
         return sum(self.sizes)
@@ -134,7 +134,7 @@ class PairDataset(torch.utils.data.Dataset):
         # ids are unique only within a source
         pair_id = pair["id"] if len(self.sources) == 1 else f"{source}:{pair['id']}"
         image = augment(image, rng, self.crop_scale, self.horizontal_flip)
-        if self.preprocessing is not None:
+        if self.preprocessing is not None and isinstance(image, torch.Tensor):
             image = self.preprocessing.resize(image)
         return {"image": image, "text": text, "pair_id": pair_id, "row": row, "broken": broken}
 
@@ -143,9 +143,10 @@ class PairDataset(torch.utils.data.Dataset):
         if self.draws is None:
             source = int(np.searchsorted(self._ends, index, side="right"))
             return source, int(index - (self._ends[source] - self.sizes[source]))
-        if self._plan is None or self._plan[0] != epoch:
-            self._plan = (epoch, *epoch_plan(self.sizes, self.draws, self.seed, epoch))
-        return int(self._plan[1][index]), int(self._plan[2][index])
+        plan = self._plan
+        if plan is None or plan[0] != epoch:
+            self._plan = plan = (epoch, *epoch_plan(self.sizes, self.draws, self.seed, epoch))
+        return int(plan[1][index]), int(plan[2][index])
 
 
 def build_dataset(
@@ -166,11 +167,11 @@ def build_dataset(
         found = replace(source, path=find_data(source.path))
         pairs, report = read_source(found, max_broken_share=data.max_broken_share)
         read.append((pairs, replace(report, path=source.path)))
-    weights = [source.weight for source in data.train]
+    weights = [source.weight for source in data.train if source.weight is not None]
     dataset = PairDataset(
         [pairs for pairs, _ in read],
         names=[source.path for source in data.train],
-        weights=None if None in weights else weights,
+        weights=weights or None,  # every source has one, or none has
         mixing_alpha=data.mixing_alpha,
         crop_scale=data.crop_scale,
         horizontal_flip=data.horizontal_flip,

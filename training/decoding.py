@@ -49,7 +49,7 @@ def decode_rgb(value: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(load_image(value)))
 
 
-def _encoded(value: Any) -> bytes | None:
+def _encoded(value: Any) -> bytes | bytearray | None:
     """The bytes of the file that `load_image` would read; None for images that are already decoded."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -58,7 +58,7 @@ def _encoded(value: Any) -> bytes | None:
     return value if isinstance(value, (bytes, bytearray)) else None
 
 
-def _is_plain_jpeg(data: bytes) -> bool:
+def _is_plain_jpeg(data: bytes | bytearray) -> bool:
     if not data.startswith(b"\xff\xd8"):
         return False
     with Image.open(BytesIO(data)) as header:  # reads no pixels

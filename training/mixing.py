@@ -36,7 +36,9 @@ def draws_per_epoch(shares: np.ndarray, total: int) -> np.ndarray:
     return draws
 
 
-def epoch_plan(sizes: Sequence[int], draws: Sequence[int], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def epoch_plan(
+    sizes: Sequence[int], draws: Sequence[int] | np.ndarray, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The source and row of every item of one epoch.
 
     Each source is drawn in a random order until it is used up, then in a new order, and so on across epochs. So no pair

@@ -100,7 +100,7 @@ class TensorPreprocessing:
         normalizes = settings.get("do_normalize")
         preprocessing = cls(
             size=dict(settings["size"]),
-            crop_size=crop and (crop["height"], crop["width"]),
+            crop_size=(crop["height"], crop["width"]) if crop else None,
             filter=FILTERS[resample],
             scale=settings["rescale_factor"] if settings.get("do_rescale") else 1.0,
             mean=settings["image_mean"] if normalizes else (0.0, 0.0, 0.0),
@@ -132,16 +132,21 @@ class TensorPreprocessing:
     def resize(self, pixels: torch.Tensor) -> torch.Tensor:
         """(H, W, 3) → (height, width, 3), uint8: resized and cropped; zeros where the crop exceeds the image."""
         height, width = pixels.shape[:2]
-        size = self.size
-        if size is None:
-            shortest, longest = self.shortest_edge, int(self.shortest_edge * max(height, width) / min(height, width))
-            size = (longest, shortest) if width <= height else (shortest, longest)
+        size = self._resized(height, width)
         # channels_last is the layout that torch resizes without rearranging the pixels
         image = pixels.contiguous()[None].permute(0, 3, 1, 2)
         if height > 100 * width and size[0] < height:  # as PIL does
             image = F.interpolate(image, size=(size[0], width), mode=self.filter, antialias=True)
         image = F.interpolate(image, size=size, mode=self.filter, antialias=True)
         return self._center_crop(image.permute(0, 2, 3, 1)[0])
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that an image of this size is resized to."""
+        if self.size is not None:
+            return self.size
+        shortest = int(self.shortest_edge or 0)
+        longest = int(shortest * max(height, width) / min(height, width))
+        return (longest, shortest) if width <= height else (shortest, longest)
 
     def _center_crop(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.crop_size is None or pixels.shape[:2] == self.crop_size:

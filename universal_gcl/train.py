@@ -8,6 +8,7 @@ RECIPE is the path of a YAML file, or the name of one that comes with the packag
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -23,7 +24,6 @@ from universal_gcl.training.closing import closing
 from universal_gcl.training.precision import warn_if_bfloat16_is_slow
 from universal_gcl.training.recipe import parse_recipe
 from universal_gcl.training.run import TrainingRun
-from universal_gcl.training.trainer import GCLTrainer
 from universal_gcl.training.training_arguments import GCLTrainingArguments
 
 
@@ -47,20 +47,16 @@ def main(argv: list[str]) -> None:
             check_may_push(repo_id, recipe.training.hub_token)
         environment = collect_environment()  # now, since the checkout may change during the run
         warn_if_bfloat16_is_slow(recipe.training)
-        origin = {"encoder": recipe.model.encoder, "licence": recipe.model.licence}
-        run = build_run(recipe, write_base=lambda *saved: write_base(*saved, **origin))
+        save_base = partial(write_base, encoder=recipe.model.encoder, licence=recipe.model.licence)
+        run = build_run(recipe, save_base)
     except (ValueError, OSError, SafetensorError) as error:
         stop(error)
     is_first = run.trainer.is_world_process_zero()
     if is_first:
         print(run.opening(), flush=True)
-    folder = Path(recipe.training.output_dir) / "model"
-
-    def save(trainer: GCLTrainer) -> None:
-        trainer.model = save_trained(folder, trainer.model, trainer.processing_class, trainer.accelerator)
-
+    folder = Path(str(recipe.training.output_dir)) / "model"
     try:
-        run.train(save)
+        run.train(save=lambda: save_trained(folder, run.model, run.processor, run.trainer.accelerator))
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         stop(error)
     if is_first:
@@ -74,9 +70,7 @@ def main(argv: list[str]) -> None:
 def write(run: TrainingRun, folder: Path, environment: dict, started: float) -> None:
     """Complete the model's folder, and tell the user what came out and what to do next."""
     record = run.record(command_line(), environment)
-    pictures = draw_pictures(
-        folder.parent / "pictures", record.log_history, run.trainer.eval_dataset, run.before, run.after
-    )
+    pictures = draw_pictures(folder.parent / "pictures", record.log_history, run.eval_pairs, run.before, run.after)
     write_run_folder(folder, record, pictures)
     print(closing(record, folder, time.time() - started), flush=True)
 

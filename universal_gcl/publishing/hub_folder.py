@@ -217,7 +217,7 @@ def rewrite_card(
     files = [*results, *sorted((folder / "benchmarks").glob("*.json"))]
     if files:  # older results are checked too, because the weights may have changed since
         fingerprint = model_fingerprint(GCLModel.from_pretrained(folder), GCLProcessor.from_pretrained(folder))
-        runs = {}
+        runs: dict[str, dict] = {}
         for place, path in enumerate(files):
             run = without_folders(read_benchmark(path, fingerprint))
             name = benchmark_name(run)
@@ -247,8 +247,8 @@ def files_for(folder: Path, repo_id: str, base_id: str | None = None) -> dict[st
     if not (folder / "card.json").is_file():
         return {}
     facts = read_facts(folder)
-    on_hub = {"model_name": repo_id, "on_hub": True, "title": repo_id.split("/")[-1]}
-    files = card_files(replace(facts, **on_hub, adapter_base=base_id or facts.adapter_base))
+    title, base = repo_id.split("/")[-1], base_id or facts.adapter_base
+    files = card_files(replace(facts, model_name=repo_id, on_hub=True, title=title, adapter_base=base))
     if is_edited(folder):
         text = (folder / "README.md").read_text(encoding="utf-8")
         files["README.md"] = text.replace(f'"{facts.model_name}"', f'"{repo_id}"')

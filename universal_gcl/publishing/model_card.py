@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from universal_gcl.evaluation.pairs.measure import HEADLINE
 from universal_gcl.evaluation.pairs.report import nine_way_markdown
 from universal_gcl.publishing.benchmarks import benchmark_markdown, benchmark_title, model_index, slug
-from universal_gcl.publishing.card_facts import CardFacts, check_facts
+from universal_gcl.publishing.card_facts import CardFacts, DataSource, check_facts
 from universal_gcl.publishing.mteb_meta import mteb_fields
 
 TEMPLATE = resources.files("universal_gcl.hub_configs") / "model_card_template.md"
@@ -53,8 +53,8 @@ def card_text(facts: CardFacts) -> str:
 
 def card_metadata(facts: CardFacts) -> ModelCardData:
     """The YAML head of the card. Rates are in percent."""
-    results = (eval_results(facts) if facts.results_after else []) + model_index(facts.benchmarks)
-    relation = {} if facts.conversion or not facts.base_model_ids else {"base_model_relation": "finetune"}
+    results = eval_results(facts) + model_index(facts.benchmarks)
+    is_finetune = not facts.conversion and bool(facts.base_model_ids)
     return ModelCardData(
         language=facts.languages or None,
         license=facts.licence,
@@ -65,13 +65,18 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
         datasets=[source.source for source in facts.data if source.on_hub] or None,
         model_name=facts.title if results else None,
         eval_results=results or None,
-        **relation,
+        base_model_relation="finetune" if is_finetune else None,
     )
 
 
 def eval_results(facts: CardFacts) -> list[EvalResult]:
-    """The model index: hit@10 of the headline and its directions in both pools, and nDCG@10 of mixed search."""
-    results = facts.results_after
+    """The model index: hit@10 of the headline and its directions in both pools, and nDCG@10 of mixed search.
+
+    Empty if the model was not evaluated.
+    """
+    results, data = facts.results_after, facts.eval_data
+    if results is None or not isinstance(data, DataSource):
+        return []
     figures = [("hit_rate_at_10", "headline hit@10, mean of both pools", results["headline"]["mean"])]
     for pool in ("local", "global"):
         figures.append(("hit_rate_at_10", f"headline hit@10, {pool} pool", results["headline"][pool]))
@@ -81,7 +86,6 @@ def eval_results(facts: CardFacts) -> list[EvalResult]:
                 figures.append(("hit_rate_at_10", f"hit@10 {direction}, {pool} pool", hits[pool]["hit@10"]))
     if results["mixed"]["ndcg@10"] is not None:
         figures.append(("ndcg_at_10", "nDCG@10, mixed-modality search", results["mixed"]["ndcg@10"]))
-    data = facts.eval_data
     return [
         EvalResult(
             task_type="retrieval",
@@ -103,8 +107,8 @@ def render(facts: CardFacts) -> str:
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"cell": cell, "duration": duration, "thousands": lambda number: f"{number:,}"}
-    results = {"before": facts.results_before, "after": facts.results_after}
-    results = {name: result for name, result in results.items() if result is not None}
+    before, after = facts.results_before, facts.results_after
+    results = {name: result for name, result in {"before": before, "after": after}.items() if result is not None}
     pictures = [name for name in dict.fromkeys((*PICTURES, *facts.pictures)) if name in facts.pictures]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         facts=facts,
@@ -114,7 +118,7 @@ def render(facts: CardFacts) -> str:
         table=nine_way_markdown(results) if results else "",
         top10_columns=list(results),
         top10_rows=top10_rows(list(results.values())),
-        losses=losses(facts.results_before, facts.results_after) if facts.results_before else [],
+        losses=losses(before, after) if before and after else [],
         benchmarks=[(benchmark_title(run), benchmark_markdown(run)) for run in facts.benchmarks],
         mteb_fields=mteb_fields(facts),
         # others can't load an adapter whose base is a folder of this machine

@@ -2,9 +2,9 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
 
 from modeling_gcl import GCLModel, GCLProcessor
 from universal_gcl.evaluation.run_record import ReadSource, RunRecord
@@ -46,7 +46,7 @@ def write_base(folder: Path, model: GCLModel, processor: GCLProcessor, *, encode
     )
 
 
-def save_trained(folder: Path, model: nn.Module, processor: GCLProcessor, accelerator: Accelerator) -> nn.Module:
+def save_trained(folder: Path, model: Any, processor: GCLProcessor, accelerator: Accelerator) -> GCLModel:
     """
     Save the trained model. Every process must call this; the first one writes.
 

@@ -30,15 +30,15 @@ def draw_pictures(
         folder: where the PNG files go; created if absent.
         log_history: the log entries of the run, for the curves.
         pairs: the evaluation pairs.
-        before, after: the evaluations. With `after` alone, the pictures show that state only; without it only the
-            curves are drawn.
+        before, after: the evaluations. With `after` alone, the pictures show only that state. Without `after` or the
+            pairs, only the curves are drawn.
 
     Returns:
         Name of each picture, as the model card knows it, and its file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {"training_curves": training_curves(log_history, folder / "training_curves.png")}
-    if after is None:
+    if after is None or pairs is None:
         return pictures
     first = after if before is None else before
     last = None if before is None else after
