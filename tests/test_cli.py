@@ -176,7 +176,10 @@ def test_summary_of_seeds(model_folder, tmp_path, monkeypatch, capsys):
         (["evaluate", "pairs", "model", "nowhere/at/all"], "nowhere/at/all"),
         (["convert", "towers", "out", "--image-size", "50"], "multiple of 32"),
         (["evaluate", "mmeb", "model", "--root", ".", "--out", "out", "--subsets", ", "], "', ' names nothing"),
-        (["evaluate", "mixbench", "model", "--root", ".", "--out", "out", "--subsets", "../x"], "'../x' is no subset"),
+        (
+            ["evaluate", "mixbench", "model", "--root", ".", "--out", "out", "--subsets", "../x"],
+            "'../x' is not a subset",
+        ),
     ],
 )
 def test_errors_are_one_line(arguments, message, monkeypatch):

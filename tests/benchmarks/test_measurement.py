@@ -1,19 +1,21 @@
-"""The protocol: what is dropped, repeated and counted, and that its figures are those of its definitions."""
+"""What is dropped, repeated and counted, and that the figures are those of their definitions."""
 
 import json
+import shlex
+import subprocess
 import sys
 
 import pytest
 import torch
 
-from benchmarks.protocol import environment, measure, measure_rounds, run_worker, steady, summarise
+from benchmarks.measurement import ROOT, measure, measure_rounds, run_worker, steady, summarise
 
 
 def entry(seconds, rates=(1e9, 1e9), **figures):
     return {"seconds": seconds, "bytes": 10, "gemm_rates": list(rates), **figures}
 
 
-def test_a_measurement_beside_which_something_else_ran_is_dropped():
+def test_a_disturbed_measurement_is_dropped():
     assert steady(entry(1, (1.0e9, 1.09e9))) and steady(entry(1, (1.09e9, 1.0e9)))
     assert not steady(entry(1, (1.0e9, 1.11e9))) and not steady(entry(1, (1.11e9, 1.0e9)))
 
@@ -65,22 +67,25 @@ def test_measure_sees_time_and_the_peak_of_memory():
     assert len(calls) == 3
 
 
-def test_workers_answer_with_json_or_stop_the_benchmark(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
+def test_workers_answer_with_json_or_stop_the_benchmark(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where `python -m` finds the module
+    (tmp_path / "a_worker.py").write_text(
         "import json, os, sys\ntask = json.loads(sys.argv[2])\nprint('noise')\nassert task['good'], 'a bad task'\n"
         "print(json.dumps({'threads': os.environ['OMP_NUM_THREADS']}))"
     )
-    assert run_worker(str(script), {"good": True}, threads=3) == {"threads": "3"}
-    with pytest.raises(SystemExit, match="script.py failed at .*good.*(?s:.)*a bad task"):
-        run_worker(str(script), {"good": False}, threads=1)
+    assert run_worker("a_worker", {"good": True}, threads=3) == {"threads": "3"}
+    with pytest.raises(SystemExit, match="a_worker failed at .*good.*(?s:.)*a bad task"):
+        run_worker("a_worker", {"good": False}, threads=1)
 
 
-def test_the_environment_names_what_figures_depend_on(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmarks/loss.py", "--rounds", "2"])
-    found = json.loads(json.dumps(environment(threads=2, seed=5)))
-    assert found["threads"] == 2 and found["seed"] == 5 and found["command"] == "python -m benchmarks.loss --rounds 2"
-    assert found["packages"]["torch"] == torch.__version__
-    assert {"name", "cores", "capability", "bfloat16"} <= found["cpu"].keys() and {"sha", "dirty"} == found[
-        "git"
-    ].keys()
+def test_a_result_names_what_its_figures_depend_on(tmp_path):
+    """The command too, as it was typed."""
+    out = tmp_path / "scaling.json"
+    typed = ["-m", "benchmarks.scaling", "--processes", "1", "--out", str(out)]
+    run = subprocess.run([sys.executable, *typed], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(out.read_text())["environment"]
+    assert found["threads"] == 1 and found["seed"] == 0 and found["command"] == f"python {shlex.join(typed)}"
+    assert found["packages"]["torch"] == torch.__version__ and found["version"]
+    assert {"name", "cores", "capability", "bfloat16"} <= found["cpu"].keys()
+    assert found["git"].keys() == {"sha", "dirty"}

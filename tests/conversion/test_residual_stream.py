@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import layer_norm
 
-from universal_gcl.conversion.stream_width import widen_stream
+from universal_gcl.conversion.residual_stream import widen_stream
 
 EPS = 1e-5
 
@@ -16,7 +16,7 @@ def randn(*shape, seed=0):
 
 
 def assert_same_function(gain, wide):
-    """What a layer reads from the stream: after `ln_pre`, and after another layer wrote to it."""
+    """A layer reads the same from both streams, right after `ln_pre` and after another layer has written to them."""
     width = len(gain)
     mapping = widen_stream(width, wide, gain)
     shrink, eps = (width / wide) ** 0.5, EPS * width / wide
