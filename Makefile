@@ -18,7 +18,7 @@ ALSO_ON_5.12 := tests/modeling_gcl tests/publishing/test_hub_folder.py tests/con
 	--ignore-glob "*/modeling_gcl/test_kernels.py"
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help quickstart install test test-wheel test-supported $(SUPPORTED:%=test-on-%) lint bench clean
+.PHONY: help quickstart install test test-wheel test-supported $(SUPPORTED:%=test-on-%) lint site bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -57,6 +57,9 @@ $(SUPPORTED:%=build/transformers-%/installed): build/transformers-%/installed: c
 		"$$($(@D)/bin/python $(SITE_PACKAGES))/first.pth"
 	$(BIN)/pip --python $(@D)/bin/python install --quiet -r $<
 	touch $@
+
+site: $(VENV)/installed  ## build the docs pages and the API reference as build/site/index.html
+	HF_HUB_OFFLINE=1 $(BIN)/python -m docs.site.build
 
 lint: $(VENV)/installed  ## check style and types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -3,41 +3,55 @@
     python -m benchmarks.adapters                  # about 5 minutes
     python -m benchmarks.adapters --batch 16 --tower small --rounds 1
 
-The step is that of `benchmarks/step.py`, of a CLIP ViT-B/32 with random weights, on one process, without GradCache. Its
-memory is given twice: of the tensors that a step makes, counted one by one, and as the process's resident memory grows,
-to which the allocator of the C library adds what it can't hand back. The optimiser's, two numbers for each trained
-parameter in AdamW, comes on top, as `trained` tells. That LoRA's gradient is right is tested in
-`tests/training/test_lora.py`.
+The step is that of `benchmarks/step.py`: a CLIP ViT-B/32 with random weights, in one process, without GradCache. Its
+memory is measured in two ways. `tensors` counts the tensors that a step creates, one by one. `bytes` is the growth of
+the process's resident memory, which also includes what the C library's allocator can't hand back. The optimiser's state
+comes on top: AdamW keeps two numbers for each of the `trained` parameters. `tests/training/test_lora.py` tests that
+LoRA's gradient is right.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from benchmarks.protocol import RESULTS, environment, measure_rounds, run_worker, summarise, write_result
-from benchmarks.step import IMAGE_SIZE, SEED, TEXT_LENGTH, TOWERS, build_model, measure_step, run_step
+import torch
+
+from benchmarks.measurement import (
+    RESULTS,
+    Measurement,
+    argument_parser,
+    environment,
+    measure_rounds,
+    run_worker,
+    summarise,
+    write_result,
+)
+from benchmarks.step import IMAGE_SIZE, SEED, TEXT_LENGTH, TOWERS, TrainingStep, build_model, measure_step, run_step
 from universal_gcl.training.memory import count_peak
 
 WAYS = ("all", "lora", "gates")
 
 
-def measure_both(training_step, model, inputs):
+def measure_both(training_step: TrainingStep, model: torch.nn.Module, inputs: dict) -> Measurement:
+    """Time and both memories of a step."""
     measurement = measure_step(training_step, model, inputs)
     model.zero_grad()
     tensors = count_peak(lambda: training_step(inputs), [*model.parameters(), *model.buffers()])
     return measurement | {"tensors": tensors}
 
 
-def work(tower, batch, trained):
+def work(tower: str, batch: int, trained: str) -> None:
+    """A worker's task."""
     print(json.dumps(run_step(tower, batch, None, measure_both, trained)), flush=True)
 
 
-def trained_parameters(tower, trained):
+def trained_parameters(tower: str, trained: str) -> int:
+    """The number of parameters that are trained."""
     return sum(parameter.numel() for parameter in build_model(tower, trained).parameters() if parameter.requires_grad)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = argument_parser("adapters", __doc__)
     parser.add_argument("--tower", choices=TOWERS, default="vit-b-32")
     parser.add_argument("--batch", type=int, default=256, help="pairs")
     parser.add_argument("--threads", type=int, default=2)
@@ -51,7 +65,7 @@ def main():
     task = {"tower": arguments.tower, "batch": arguments.batch}
     settings = task | {"rounds": arguments.rounds, "image_size": IMAGE_SIZE, "text_length": TEXT_LENGTH}
     series = measure_rounds(
-        lambda trained: run_worker(__file__, task | {"trained": trained}, threads=arguments.threads),
+        lambda trained: run_worker("benchmarks.adapters", task | {"trained": trained}, threads=arguments.threads),
         WAYS,
         arguments.rounds,
     )

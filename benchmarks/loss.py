@@ -4,16 +4,19 @@
     python -m benchmarks.loss --sizes 4096 --variants tiles open_clip_three_times --rounds 5
     python -m benchmarks.loss --device cuda --dim 768           # bfloat16 embeddings, 8k to 128k pairs
 
-A correctness gate first: every variant's loss and gradient against its definition in float64, and its matrix products
-counted. Then the protocol of protocol.py, memory as the peak beyond embeddings and their gradients. Peers without the
-terms within one modality compute 6 of the 9 blocks: CLIP's loss for each of the three pairs of modalities.
+A gate comes first: every variant's loss and gradient must equal its definition in float64, and its matrix products are
+counted. Then variants are measured as `benchmarks/measurement.py` says. Memory is the peak beyond the embeddings and
+their gradients. Peers that have no terms within one modality compute 6 of the 9 blocks: CLIP's loss for each of the
+three pairs of modalities.
 """
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -21,8 +24,10 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.protocol import (
+from benchmarks.measurement import (
     RESULTS,
+    Measurement,
+    argument_parser,
     environment,
     measure,
     measure_rounds,
@@ -35,107 +40,115 @@ from modeling_gcl import gcl_loss
 SCALE = 1 / 0.02
 SEED = 0
 SIZES = {"cpu": [1024, 4096, 8192, 16384, 32768], "cuda": [8192, 16384, 32768, 65536, 131072]}
-SEVERAL_ROUNDS = 8192  # pairs; one round above, since minutes average out what disturbs seconds
-GATE_PAIRS, GATE_DIM = 1100, 256  # no multiple of any tile
+SEVERAL_ROUNDS = 8192  # pairs; larger sizes get one round, since disturbances average out over minutes
+GATE_PAIRS, GATE_DIM = 1100, 256  # not a multiple of any tile
 PAIRS_OF_MODALITIES = ((0, 1), (0, 2), (1, 2))
 
+Embeds = list[torch.Tensor]  # three of (N, D): images, texts, fused
+Variant = Callable[[Embeds], torch.Tensor]
+Gates = dict[str, dict[str, float]]  # variant → what its gate found
 
-# Every variant takes three (N, D) embeddings, leaves its gradients in .grad, and returns its loss.
+
+# Every variant takes three (N, D) embeddings, adds its gradients to their .grad, and returns its loss.
 
 
-def tiles(embeds):
+def tiles(embeds: Embeds) -> torch.Tensor:
     return _backward(gcl_loss(*embeds, SCALE))
 
 
-def tiles_of_pytorch(embeds):
-    """Without the Triton kernels, which `tiles` runs on where they are supported."""
+def tiles_of_pytorch(embeds: Embeds) -> torch.Tensor:
+    """The tiles without the Triton kernels, which `tiles` uses where they are supported."""
     with patch("modeling_gcl.logsumexp.kernels_support", return_value=False):
         return tiles(embeds)
 
 
-def tiles_bf16(embeds):
+def tiles_bf16(embeds: Embeds) -> torch.Tensor:
     return _backward(gcl_loss(*embeds, SCALE, bf16=True))
 
 
-def tiles_bf16_cache(embeds):
-    """Half of all exponentiated logits kept."""
+def tiles_bf16_cache(embeds: Embeds) -> torch.Tensor:
+    """Half of all exponentiated logits are kept."""
     return _backward(gcl_loss(*embeds, SCALE, bf16=True, cache_bytes=int(4.5 * len(embeds[0]) ** 2)))
 
 
-def tiles_bf16_all_kept(embeds):
+def tiles_bf16_all_kept(embeds: Embeds) -> torch.Tensor:
     return _backward(gcl_loss(*embeds, SCALE, bf16=True, cache_bytes=10 * len(embeds[0]) ** 2))
 
 
-def halves(embeds):
-    """512, 256, 128 and 64 of 512 dimensions."""
+def halves(embeds: Embeds) -> list[int]:
+    """The number of dimensions, and its half, quarter and eighth: 512, 256, 128 and 64."""
     return [embeds[0].shape[1] // 2**k for k in range(4)]
 
 
-def cut(embeds, d):
+def cut(embeds: Embeds, d: int) -> Embeds:
+    """The first `d` dimensions, normalised again."""
     return [x if d == x.shape[1] else F.normalize(x[:, :d], dim=-1) for x in embeds]
 
 
-def matryoshka(embeds):
-    """All four in one pass of the tiles (where `tiles` runs on kernels, in four)."""
+def matryoshka(embeds: Embeds) -> torch.Tensor:
+    """All four sizes in one pass over the tiles. The kernels take four passes."""
     return _backward(gcl_loss(*embeds, SCALE, matryoshka_dims=halves(embeds)))
 
 
-def matryoshka_separate_passes(embeds):
-    """As sentence-transformers' MatryoshkaLoss does it: the loss once for each, of embeddings cut by autograd."""
-    total = 0
+def matryoshka_separate_passes(embeds: Embeds) -> torch.Tensor:
+    """The loss once for each size, on embeddings cut by autograd, as sentence-transformers' MatryoshkaLoss does it."""
+    total = torch.zeros((), device=embeds[0].device)
     for d in halves(embeds):
         total += _backward(gcl_loss(*cut(embeds, d), SCALE) / 4)
     return total
 
 
-def autograd(embeds):
+def autograd(embeds: Embeds) -> torch.Tensor:
     """The best one line: SupCon's L_out with one log-sum-exp per row and the positives apart."""
     z = torch.cat(embeds)
     logits = (SCALE * z @ z.T).float().fill_diagonal_(-torch.inf)
     return _backward((2 * logits.logsumexp(1).sum() - _positives(embeds)) / (2 * len(z)))
 
 
-def checkpointed_strips(embeds):
-    """Rows in strips of 512, each computed again in backward."""
+def checkpointed_strips(embeds: Embeds) -> torch.Tensor:
+    """Rows in strips of 512. Each strip is computed again in backward."""
     z = torch.cat(embeds)
 
-    def strip(z, start):
+    def strip(z: torch.Tensor, start: int) -> torch.Tensor:
         logits = (SCALE * z[start : start + 512] @ z.T).float()
         logits.diagonal(start).fill_(-torch.inf)
         return logits.logsumexp(1).sum()
 
-    total = sum(checkpoint(strip, z, start, use_reentrant=False) for start in range(0, len(z), 512))
+    total = torch.stack([checkpoint(strip, z, start, use_reentrant=False) for start in range(0, len(z), 512)]).sum()
     return _backward((2 * total - _positives(embeds)) / (2 * len(z)))
 
 
-def open_clip_three_times(embeds):
-    """ClipLoss as open_clip writes it on one process; each pair's graph is freed before the next."""
+def open_clip_three_times(embeds: Embeds) -> torch.Tensor:
+    """ClipLoss as open_clip writes it for one process. Each pair's graph is freed before the next."""
     labels = torch.arange(len(embeds[0]), device=embeds[0].device)
-    total = 0
+    total = torch.zeros((), device=embeds[0].device)
     for a, b in PAIRS_OF_MODALITIES:
         per_a, per_b = SCALE * embeds[a] @ embeds[b].T, SCALE * embeds[b] @ embeds[a].T
-        # .float() as autocast does; nothing for float32
+        # .float() as under autocast; it does nothing to float32
         loss = (F.cross_entropy(per_a.float(), labels) + F.cross_entropy(per_b.float(), labels)) / 6
         total += _backward(loss)
     return total
 
 
-def sentence_transformers_cached(embeds, mini_batch_size):
-    """The loss stage of CachedMultipleNegativesRankingLoss, both directions, for each pair of modalities."""
+def sentence_transformers_cached(embeds: Embeds, mini_batch_size: int) -> torch.Tensor:
+    """CachedMultipleNegativesRankingLoss without its encoder, in both directions, for each pair of modalities."""
     both = ("query_to_doc", "doc_to_query")
-    return sum(
-        _cached_stage([embeds[a], embeds[b]], mini_batch_size, both, "per_direction", 1 / 3)
+    losses = [
+        _cached_loss([embeds[a], embeds[b]], mini_batch_size, both, "per_direction", 1 / 3)
         for a, b in PAIRS_OF_MODALITIES
-    )
+    ]
+    return torch.stack(losses).sum()
 
 
-def _cached_stage(columns, mini_batch_size, directions, partition_mode, weight):
-    """One call, and its gradient by the columns' embeddings."""
+def _cached_loss(
+    columns: Embeds, mini_batch_size: int, directions: tuple[str, ...], partition_mode: str, weight: float
+) -> torch.Tensor:
+    """The weighted loss of one call. Its gradient is added to that of the columns."""
     from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
     from sentence_transformers.util import dot_score
 
     loss = CachedMultipleNegativesRankingLoss(
-        torch.nn.Sequential(torch.nn.Identity()),  # stands in for the encoder, which this stage does not call
+        torch.nn.Sequential(torch.nn.Identity()),  # stands in for the encoder, which is not called
         scale=SCALE,
         similarity_fct=dot_score,
         mini_batch_size=mini_batch_size,
@@ -145,81 +158,89 @@ def _cached_stage(columns, mini_batch_size, directions, partition_mode, weight):
     chunks = [[c.detach().requires_grad_() for c in column.split(mini_batch_size)] for column in columns]
     value = loss.calculate_loss(chunks, with_backward=True)
     for column, parts in zip(columns, chunks):
+        assert column.grad is not None
         column.grad.add_(torch.cat([c.grad for c in parts]), alpha=weight)
     return value * weight
 
 
-def sentence_transformers_1024(embeds):
+def sentence_transformers_1024(embeds: Embeds) -> torch.Tensor:
     return sentence_transformers_cached(embeds, 1024)
 
 
-def sentence_transformers_32(embeds):
-    """At its default mini-batch."""
+def sentence_transformers_32(embeds: Embeds) -> torch.Tensor:
+    """With its default size of mini-batches."""
     return sentence_transformers_cached(embeds, 32)
 
 
-def sentence_transformers_gcl_1024(embeds):
-    """GCL itself from the same stage: for each direction the third view is a second column of documents, so that it and
-    all others are in the denominator, and `query_to_query` brings the anchor's own modality. Six calls."""
-    total = 0
+def sentence_transformers_gcl_1024(embeds: Embeds) -> torch.Tensor:
+    """GCL computed by the same loss, with one call for each of the six directions.
+
+    The third modality is a second column of documents, so its rows are in the denominator too. `query_to_query` adds
+    the rows of the anchor's own modality.
+    """
+    total = torch.zeros((), device=embeds[0].device)
     for anchor, target in permutations(range(3), 2):
         columns = [embeds[k] for k in (anchor, target, 3 - anchor - target)]
-        total += _cached_stage(columns, 1024, ("query_to_doc", "query_to_query"), "joint", 1 / 6)
+        total += _cached_loss(columns, 1024, ("query_to_doc", "query_to_query"), "joint", 1 / 6)
     return total
 
 
-def memeff_three_times(embeds):
+def memeff_three_times(embeds: Embeds) -> torch.Tensor:
     from memeff import MemoryEfficientCLIPLoss
 
-    # stable=True, its default, would scale the gradient with the batch
+    # its default, stable=True, would scale the gradient with the batch
     loss = MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
-    return sum(_backward(loss(embeds[a], embeds[b]) / 3) for a, b in PAIRS_OF_MODALITIES)
+    return torch.stack([_backward(loss(embeds[a], embeds[b]) / 3) for a, b in PAIRS_OF_MODALITIES]).sum()
 
 
-def inf_cl_three_times(embeds):
-    """One pass per direction, six in all."""
+def inf_cl_three_times(embeds: Embeds) -> torch.Tensor:
+    """One pass for each of the six directions."""
     from inf_cl import cal_flash_loss
 
-    total = 0
+    total = torch.zeros((), device=embeds[0].device)
     for a, b in PAIRS_OF_MODALITIES:
         for query, key in ((a, b), (b, a)):
             total += _backward(cal_flash_loss(embeds[query], embeds[key], scale=SCALE).mean() / 6)
     return total
 
 
-def _backward(loss):
+def _backward(loss: torch.Tensor) -> torch.Tensor:
     loss.backward()
     return loss.detach()
 
 
-def _positives(embeds):
-    embeds = [x.float() for x in embeds]
-    return SCALE * (sum(embeds).square().sum() - sum(x.square().sum() for x in embeds))
+def _positives(embeds: Embeds) -> torch.Tensor:
+    images, texts, fused = (x.float() for x in embeds)
+    squares = images.square().sum() + texts.square().sum() + fused.square().sum()
+    return SCALE * ((images + texts + fused).square().sum() - squares)
 
 
-# What the variants must equal, as the definitions say it
+# The definitions that the variants must equal
 
 
-def definition_of_gcl(embeds):
+def definition_of_gcl(embeds: Embeds) -> torch.Tensor:
+    """The mean over the six directions of the cross-entropy with all other embeddings in the denominator."""
     n = len(embeds[0])
     z = torch.cat(embeds)
     log_p = (SCALE * z @ z.T).fill_diagonal_(-torch.inf).log_softmax(1).view(3, n, 3, n)
-    return -sum(log_p[a, :, b].diagonal().mean() for a in range(3) for b in range(3) if a != b) / 6
+    directions = permutations(range(3), 2)
+    return -torch.stack([log_p[a, :, b].diagonal().mean() for a, b in directions]).mean()
 
 
-def definition_of_matryoshka(embeds):
-    return sum(definition_of_gcl(cut(embeds, d)) for d in halves(embeds)) / 4
+def definition_of_matryoshka(embeds: Embeds) -> torch.Tensor:
+    """The mean of GCL over the four sizes."""
+    return torch.stack([definition_of_gcl(cut(embeds, d)) for d in halves(embeds)]).mean()
 
 
-def definition_of_three_times_cl(embeds):
+def definition_of_three_times_cl(embeds: Embeds) -> torch.Tensor:
+    """The mean of CLIP's loss over the six directions."""
     labels = torch.arange(len(embeds[0]), device=embeds[0].device)
-    return (
-        sum(F.cross_entropy(SCALE * embeds[a] @ embeds[b].T, labels) for a in range(3) for b in range(3) if a != b) / 6
-    )
+    directions = permutations(range(3), 2)
+    return torch.stack([F.cross_entropy(SCALE * embeds[a] @ embeds[b].T, labels) for a, b in directions]).mean()
 
 
-# variant: (what it must equal, tolerance of its gradient, largest number of pairs it is run at on each device)
-VARIANTS = {
+# variant: (definition it must equal, tolerance of its gradient, device → largest number of pairs it runs with)
+VARIANTS: dict[Variant, tuple[Variant, float, dict[str, int]]] = {
     tiles: (definition_of_gcl, 1e-5, {"cpu": 32768, "cuda": 131072}),
     tiles_of_pytorch: (definition_of_gcl, 1e-5, {"cuda": 131072}),
     tiles_bf16: (definition_of_gcl, 1e-2, {"cpu": 32768}),
@@ -236,8 +257,8 @@ VARIANTS = {
     memeff_three_times: (definition_of_three_times_cl, 1e-5, {"cuda": 131072}),
     inf_cl_three_times: (definition_of_three_times_cl, 1e-5, {"cuda": 131072}),
 }
-BFLOAT16_TOLERANCE = 0.1  # of the gradient, of variants that hold logits near 25 in bfloat16, as peers on GPU do
-NEEDS = {
+BFLOAT16_TOLERANCE = 0.1  # of the gradient if logits near 25 are held in bfloat16, as peers on GPUs do
+NEEDS: dict[Variant, str] = {
     sentence_transformers_1024: "sentence_transformers",
     sentence_transformers_gcl_1024: "sentence_transformers",
     sentence_transformers_32: "sentence_transformers",
@@ -247,8 +268,8 @@ NEEDS = {
 REFERENCES = ("tiles", "tiles_bf16", "tiles_bf16_cache", "tiles_bf16_all_kept", "matryoshka_separate_passes")
 
 
-def make_embeds(num_pairs, dim, device="cpu"):
-    """Cone-shaped sets, as encoders give them: cosines around 0.5. bfloat16 on CUDA, float32 on CPU."""
+def make_embeds(num_pairs: int, dim: int, device: str = "cpu") -> Embeds:
+    """Embeddings in a cone with cosines around 0.5, as encoders give them; bfloat16 on CUDA, float32 on the CPU."""
     generator = torch.Generator().manual_seed(SEED)
     common = torch.randn(dim, generator=generator)
     embeds = []
@@ -260,12 +281,12 @@ def make_embeds(num_pairs, dim, device="cpu"):
     return embeds
 
 
-def gate(variant, device="cpu"):
+def gate(variant: Variant, device: str = "cpu") -> dict[str, float]:
     """
     Relative errors of the variant's loss and gradient against its definition in float64.
 
     Raises:
-        SystemExit: one of them is over the tolerance.
+        SystemExit: one of them exceeds the tolerance.
     """
     definition, tolerance, _ = VARIANTS[variant]
     tolerance = tolerance if device == "cpu" else BFLOAT16_TOLERANCE
@@ -275,17 +296,17 @@ def gate(variant, device="cpu"):
     exact_loss.backward()
     errors = {"loss": (loss - exact_loss).abs().item() / exact_loss.item()}
     by_modality = torch.stack([(x.grad - y.grad).norm() / y.grad.norm() for x, y in zip(embeds, exact)])
-    errors["gradient"] = by_modality.max().item()  # NaN, if any is
+    errors["gradient"] = by_modality.max().item()  # NaN if any of them is NaN
     for name, error in errors.items():
         if not error <= tolerance:
             raise SystemExit(f"{variant.__name__}: relative error of the {name} is {error:.1e} > {tolerance}")
     return errors
 
 
-def count_flops(variant, num_pairs=4096, dim=16):
-    """Flops of the matrix products, by N²D."""
+def count_flops(variant: Variant, num_pairs: int = 4096, dim: int = 16) -> float:
+    """Flops of the matrix products, divided by N²D."""
 
-    def addmm_(_, left, right, **__):  # FlopCounterMode does not know the in-place form
+    def addmm_(_: Any, left: Sequence[int], right: Sequence[int], **__: Any) -> int:  # FlopCounterMode lacks this form
         return 2 * left[0] * left[1] * right[1]
 
     embeds = make_embeds(num_pairs, dim)
@@ -294,30 +315,32 @@ def count_flops(variant, num_pairs=4096, dim=16):
     return counter.get_total_flops() / (num_pairs**2 * dim)
 
 
-def work(variants, device, num_pairs=None, dim=None):
-    """A worker's task: with `num_pairs` a measurement of the one variant, else the gates of all."""
-    variants = [variant for variant in VARIANTS if variant.__name__ in variants]
+def work(variants: Sequence[str], device: str, num_pairs: int | None = None, dim: int = 512) -> Measurement | Gates:
+    """A worker's task: the measurement of one variant if `num_pairs` is given, else the gates of all variants."""
+    chosen = [variant for variant in VARIANTS if variant.__name__ in variants]
     if num_pairs is None:
         answers = {}
-        for variant in variants:
+        for variant in chosen:
             answers[variant.__name__] = gate(variant, device)
             if device == "cpu":
                 answers[variant.__name__]["flops_by_n2d"] = count_flops(variant)
         return answers
-    (variant,) = variants
+    (variant,) = chosen
     embeds = make_embeds(num_pairs, dim, device)
     small = make_embeds(600, dim, device) if device == "cpu" else embeds
     return measure(lambda: variant(embeds), device=device, warm_up=lambda: variant(small))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = argument_parser("loss", __doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--sizes", type=int, nargs="+", help=f"numbers of pairs; default: {SIZES}")
-    parser.add_argument("--variants", nargs="+", help=f"of {', '.join(v.__name__ for v in VARIANTS)}; default: all")
+    parser.add_argument(
+        "--variants", nargs="+", help=f"some of {', '.join(v.__name__ for v in VARIANTS)}; default: all"
+    )
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help=f"at {SEVERAL_ROUNDS} pairs at most; 1 above")
+    parser.add_argument("--rounds", type=int, default=3, help=f"up to {SEVERAL_ROUNDS} pairs; larger sizes get one")
     parser.add_argument("--out", type=Path, help="default: results/benchmarks/loss.json, or loss-cuda-DIM.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -332,16 +355,19 @@ def main():
     chosen = [by_name[name] for name in arguments.variants or by_name]
     missing = [v.__name__ for v in chosen if v in NEEDS and find_spec(NEEDS[v]) is None]
     for name in missing:
-        print(f"{name} is left out: pip install {NEEDS[by_name[name]].replace('_', '-')}", flush=True)
+        print(
+            f"{name} is left out because its package is missing: pip install {NEEDS[by_name[name]].replace('_', '-')}",
+            flush=True,
+        )
     chosen = [v for v in chosen if v.__name__ not in missing]
     result = {"environment": environment(threads, SEED), "device": device, "dim": dim, "not_installed": missing}
-    gates = run_worker(__file__, {"variants": [v.__name__ for v in chosen], "device": device}, threads=threads)
+    gates = run_worker("benchmarks.loss", {"variants": [v.__name__ for v in chosen], "device": device}, threads=threads)
     result |= {"gates": gates, "sizes": {}}
     for num_pairs in arguments.sizes or SIZES[device]:
         names = [v.__name__ for v in chosen if num_pairs <= VARIANTS[v][2][device]]
         task = {"device": device, "num_pairs": num_pairs, "dim": dim}
         series = measure_rounds(
-            lambda name, task=task: run_worker(__file__, task | {"variants": [name]}, threads=threads),
+            lambda name, task=task: run_worker("benchmarks.loss", task | {"variants": [name]}, threads=threads),
             names,
             arguments.rounds if num_pairs <= SEVERAL_ROUNDS else 1,
         )

@@ -1,22 +1,28 @@
-"""docs/performance.md from results/benchmarks/*.json: replaces what stands between its markers, and draws its plot.
+"""Make docs/performance.md from results/benchmarks/*.json.
 
-python -m benchmarks.report
+    python -m benchmarks.report
+
+The text between the page's markers is replaced, and its plot is drawn.
 """
 
-import argparse
 import json
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
 from benchmarks.goals import GOALS
-from benchmarks.protocol import RESULTS, ROOT
+from benchmarks.measurement import RESULTS, ROOT, Row, argument_parser
+from universal_gcl.evaluation.plot_style import BLACK, BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, save_figure
 
 PAGE = ROOT / "docs" / "performance.md"
 MARKED = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 NOT_MEASURED = "*Not measured yet: `make bench`.*\n"
-LABELS = {  # of the variants, in the order of tables, colours and markers
+Results = Mapping[str, dict[str, Any]]  # benchmark → the JSON that it wrote
+
+LABELS = {  # the variants, in the order of tables, colours and markers
     "tiles": "tiles",
     "tiles_of_pytorch": "tiles, without Triton",
     "tiles_bf16": "tiles, bf16",
@@ -31,31 +37,30 @@ LABELS = {  # of the variants, in the order of tables, colours and markers
     "memeff_three_times": "memeff × 3",
     "inf_cl_three_times": "inf-cl × 3",
 }
-COLOURS = (  # Okabe and Ito's, then greys and a brown
-    "#0072B2", "#009E73", "#56B4E9", "#E69F00", "#D55E00", "#CC79A7", "#000000", "#777777", "#BBBBBB", "#8C510A",
-    "#C7A500", "#5E3C99",
+COLOURS = (
+    BLUE, GREEN, SKY, ORANGE, VERMILION, PURPLE, BLACK, "#777777", "#BBBBBB", "#8C510A", "#C7A500", "#5E3C99",
 )  # fmt: skip
 MARKERS = ("o", "s", "v", "D", "^", "P", "X", "*", "h", "<", ">", "p")
 
 
-def load(folder):
-    """`{name: content}` of the results in a folder: loss, step, adapters, pipeline, scaling, search."""
+def load(folder: Path) -> Results:
+    """The results in a folder, by file name: loss, step, adapters, pipeline, scaling, search."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
 
 
-def render(page, results):
+def render(page: str, results: Results) -> str:
     """
-    The page with the blocks between its markers made anew.
+    Return the page with new text between its markers.
 
     Args:
-        page (`str`): markdown with `<!-- begin NAME -->` and `<!-- end NAME -->`.
-        results (`dict`): as `load` gives it; a block whose benchmark is missing says so.
+        page: markdown with `<!-- begin NAME -->` and `<!-- end NAME -->`.
+        results: what `load` returns. A block whose benchmark is missing says so.
 
     Raises:
-        ValueError: the page has a block of unknown name.
+        ValueError: the page has a block with an unknown name.
     """
 
-    def block(match):
+    def block(match: re.Match) -> str:
         start, name, end = match.groups()
         if name not in BLOCKS:
             raise ValueError(f"unknown block {name!r} in the page; there are {', '.join(BLOCKS)}")
@@ -66,15 +71,16 @@ def render(page, results):
     return MARKED.sub(block, page)
 
 
-# blocks
+# Blocks
 
 
-def goals(results):
+def goals(results: Results) -> str:
+    """The table of goals, limits and figures."""
     lines = ["| | at least | aim | measured | |", "|---|---:|---:|---:|---|"]
     for goal in GOALS:
         try:
             found = goal.figure(results[goal.benchmark])
-        except KeyError:  # not measured, or no round of it was steady
+        except KeyError:  # not measured, or no round was steady
             measured, verdict = "–", "not measured"
         else:
             measured = goal.shown.format(_spread(found))
@@ -84,39 +90,39 @@ def goals(results):
     return "\n".join(lines) + "\n"
 
 
-def answers(results):
-    """The three answers on top of the page."""
+def answers(results: Results) -> str:
+    """The three answers at the top of the page."""
     sizes = results["loss"]["sizes"]
     measured = {int(n): rows["tiles"] for n, rows in sizes.items() if "seconds" in rows.get("tiles", {})}
     largest = max(measured)
     row = measured[largest]
     lines = [
         f"- **How big a batch?** The loss of {largest:,} pairs (a matrix of {3 * largest:,} × {3 * largest:,} logits, "
-        f"{_size(4 * (3 * largest) ** 2)}) took {_size(row['bytes']['median'])} beyond the embeddings and their "
-        f"gradients, and {_seconds(row['seconds']['median'])} on the machine below. With GradCache the towers need "
-        "the memory of one chunk.",
+        f"{_size(4 * (3 * largest) ** 2)}) took {_seconds(row['seconds']['median'])} on the machine below, and "
+        f"{_size(row['bytes']['median'])} of memory in addition to the embeddings and their gradients. With GradCache "
+        "the towers need the memory of one chunk.",
     ]
     if "step" in results:
         cached = results["step"]["step"].get("1", {}).get("grad_cache", {})
         if "ratio_to" in cached:
             lines.append(
-                f"- **What does it cost?** A step with GradCache takes {_spread(cached['ratio_to']['plain'])} times "
-                "the plain step. The loss grows with the square of the batch, but stays small beside the towers until "
-                "batches are huge (the model below)."
+                f"- **What does it cost?** A step with GradCache takes {_spread(cached['ratio_to']['plain'])} times as "
+                "long as the plain step. The time of the loss grows with the square of the batch. Compared to the "
+                "towers it is small until batches are huge (see the model below)."
             )
     best = sizes.get("4096", {})
     faster = [
-        f"{_spread(best[name]['ratio_to']['tiles'])} times against {label}"
+        f"{_spread(best[name]['ratio_to']['tiles'])} × as fast as {label}"
         for name, label in LABELS.items()
         if not name.startswith("tiles") and "tiles" in best.get(name, {}).get("ratio_to", {})
     ]
     if faster:
-        lines.append(f"- **What do I gain?** Speed at 4,096 pairs in fp32: {'; '.join(faster)}.")
+        lines.append(f"- **What do I gain?** The loss of 4,096 pairs in fp32 is {'; '.join(faster)}.")
     return "\n".join(lines) + "\n"
 
 
-def loss_table(result):
-    """Seconds, peak beyond E and dE, and seconds by those of the tiles, by variant and number of pairs."""
+def loss_table(result: dict[str, Any]) -> str:
+    """For each variant and number of pairs: seconds, peak memory beyond E and dE, and time relative to the tiles."""
     sizes = result["sizes"]
     lines = [f"| N = | {' | '.join(f'{int(n):,}' for n in sizes)} |", "|---|" + "---:|" * len(sizes)]
     for name, label in LABELS.items():
@@ -134,26 +140,27 @@ def loss_table(result):
         lines.append(f"| {label} | {' | '.join(cells)} |")
     lines += ["", _measured(result)]
     if result["not_installed"]:
-        lines.append(f"Not installed, left out: {', '.join(result['not_installed'])}.")
+        lines.append(f"Left out because they are not installed: {', '.join(result['not_installed'])}.")
     return "\n".join(lines) + "\n"
 
 
-def gpu_tables(results):
-    """A table for each file of `loss.py --device cuda`."""
+def gpu_tables(results: Results) -> str:
+    """A table for each file that `benchmarks.loss --device cuda` wrote."""
     tables = [
         f"D = {result['dim']}:\n\n{loss_table(result)}"
         for name, result in results.items()
         if name.startswith("loss-cuda")
     ]
     return "\n".join(tables) or (
-        "On GPUs: not timed yet. `python -m benchmarks.loss --device cuda` does it, against memeff and inf-cl too.\n"
+        "Not timed on GPUs yet. `python -m benchmarks.loss --device cuda` does it, also against memeff and inf-cl.\n"
     )
 
 
-def step_table(results):
+def step_table(results: Results) -> str:
+    """A training step, plain and with GradCache."""
     step = results["step"]
     lines = [
-        "| processes | step | seconds | peak memory of a process | by the plain step |",
+        "| processes | step | seconds | peak memory of a process | relative to the plain step |",
         "|---|---|---:|---:|---:|",
     ]
     for processes, rows in step["step"].items():
@@ -162,7 +169,7 @@ def step_table(results):
             lines.append(f"| {processes} | {label} | {_row(row, 'plain')} |")
     settings = step["settings"]
     note = (
-        f"{settings['tower']}, {settings['batch']} pairs over all processes, {settings['image_size']} px, "
+        f"{settings['tower']}, {settings['batch']} pairs in all processes together, {settings['image_size']} px, "
         f"{settings['text_length']} tokens, fp32. {_measured(step)}"
     )
     return "\n".join([*lines, "", note]) + "\n"
@@ -171,10 +178,11 @@ def step_table(results):
 TRAINED = {"all": "all weights", "lora": "LoRA, r = 16", "gates": "gates of the fusion"}
 
 
-def adapters_table(results):
+def adapters_table(results: Results) -> str:
+    """A training step by what is trained."""
     found = results["adapters"]
     lines = [
-        "| trained | parameters | tensors of a step | seconds | resident memory of a step | by all weights |",
+        "| trained | parameters | tensors of a step | seconds | resident memory of a step | relative to all weights |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, row in found["rows"].items():
@@ -185,21 +193,23 @@ def adapters_table(results):
     return "\n".join([*lines, "", note]) + "\n"
 
 
-def shared_table(results):
+def shared_table(results: Results) -> str:
+    """The loss that processes share."""
     step = results["step"]
     lines = [
-        "| | N²D flops a process | seconds | peak memory of a process | by one process | expected |",
+        "| | N²D flops per process | seconds | peak memory of a process | relative to one process | expected |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     n2d = step["settings"]["pairs"] ** 2 * step["settings"]["dim"]
     for name, row in step["shared_loss"].items():
         flops = row["expected_flops"] / n2d
         lines.append(f"| {name.replace('_', ' ')} | {flops:g} | {_row(row, '1 process')} | {flops / 36:.2f} |")
-    note = f"{step['settings']['pairs']:,} pairs, D = {step['settings']['dim']}, one thread a process."
+    note = f"{step['settings']['pairs']:,} pairs, D = {step['settings']['dim']}, one thread per process."
     return "\n".join([*lines, "", note]) + "\n"
 
 
-def scaling_table(results):
+def scaling_table(results: Results) -> str:
+    """The model of many GPUs."""
     lines = [
         "| GPUs | pairs | rows are | towers | loss | exchange | share of loss and exchange | memory of the loss |",
         "|---:|---:|---|---:|---:|---:|---:|---:|",
@@ -212,21 +222,23 @@ def scaling_table(results):
     return "\n".join(lines) + "\n"
 
 
-def assumptions(results):
+def assumptions(results: Results) -> str:
+    """The assumptions of the model."""
     assumed = results["scaling"]["assumptions"]
     return (
-        f"Assumed: {assumed['flops_per_second'] / 1e12:.0f}e12 flops/s of a GPU in loss and towers; "
-        f"{assumed['bytes_per_second'] / 1e9:.0f} GB/s received by a GPU; embeddings of D = {assumed['dim']} that "
-        f"travel at {assumed['bytes_per_number']} bytes a number; {assumed['encoder']} at 224 px and "
-        f"{assumed['text_tokens']} tokens, {assumed['encoder_flops'] / 1e9:.1f} GFlop a pair forward and twice that "
-        "backward; no GradCache; nothing overlaps. The loss's arithmetic then equals the towers' at "
-        f"{assumed['pairs_where_loss_equals_encoder'] / 1e6:.1f} million pairs, whatever the number of GPUs.\n"
+        f"Assumptions: a GPU computes {assumed['flops_per_second'] / 1e12:.0f}e12 flops/s in loss and towers, and "
+        f"receives {assumed['bytes_per_second'] / 1e9:.0f} GB/s; embeddings have D = {assumed['dim']} dimensions of "
+        f"{assumed['bytes_per_number']} bytes; {assumed['encoder']} at 224 px and {assumed['text_tokens']} tokens "
+        f"takes {assumed['encoder_flops'] / 1e9:.1f} GFlop per pair forward and twice that backward; no GradCache; "
+        "nothing overlaps. Loss and towers then have equally much arithmetic at "
+        f"{assumed['pairs_where_loss_equals_encoder'] / 1e6:.1f} million pairs, for any number of GPUs.\n"
     )
 
 
-def pipeline_table(results):
+def pipeline_table(results: Results) -> str:
+    """Images from file to pixels."""
     lines = [
-        "| images, from JPEG to pixels | per second and core | seconds by the image processor's |",
+        "| images, from JPEG to pixels | per second and core | time relative to the image processor |",
         "|---|---:|---:|",
     ]
     for name, row in results["pipeline"]["data"]["made"]["images"].items():
@@ -244,10 +256,11 @@ SEARCHES = {
 }
 
 
-def search_table(results):
+def search_table(results: Results) -> str:
+    """Exact search against faiss."""
     found = results["search"]
     lines = [
-        "| pool | search | made once | a search | memory of a search | by faiss's seconds |",
+        "| pool | search | made once | a search | memory of a search | time relative to faiss |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for pool, rows in found["pools"].items():
@@ -263,11 +276,12 @@ def search_table(results):
     return "\n".join([*lines, "", note]) + "\n"
 
 
-def plot_link(results):
+def plot_link(results: Results) -> str:
+    """The picture that `draw` makes."""
     return "![Time and memory of the loss against the number of pairs](performance.png)\n"
 
 
-BLOCKS = {  # name: (the benchmark it needs, or None, and what makes it)
+BLOCKS: dict[str, tuple[str | None, Callable[[Results], str]]] = {  # name: (benchmark that it needs, its text)
     "answers": ("loss", answers),
     "goals": (None, goals),
     "loss": ("loss", lambda results: loss_table(results["loss"])),
@@ -283,14 +297,14 @@ BLOCKS = {  # name: (the benchmark it needs, or None, and what makes it)
 }
 
 
-def _spread(found):
+def _spread(found: dict[str, float] | float) -> str:
     if not isinstance(found, dict):
         return f"{found:.3f}"
     median, low, high = (f"{found[name]:.2f}" for name in ("median", "min", "max"))
     return median if low == high else f"{median} ({low}–{high})"
 
 
-def _row(row, reference):
+def _row(row: Row, reference: str) -> str:
     if "seconds" not in row:
         return "unsteady | – | –"
     ratio = row.get("ratio_to", {}).get(reference)
@@ -298,7 +312,7 @@ def _row(row, reference):
     return " | ".join(cells)
 
 
-def _measured(result):
+def _measured(result: dict[str, Any]) -> str:
     found = result["environment"]
     packages = [f"{name} {version}" for name, version in found["packages"].items() if name in SHOWN_PACKAGES]
     bfloat16 = [name for name, has in found["cpu"]["bfloat16"].items() if has]
@@ -314,22 +328,22 @@ def _measured(result):
 SHOWN_PACKAGES = ("torch", "transformers", "accelerate", "sentence-transformers", "simplejpeg", "faiss-cpu", "pillow")
 
 
-def _seconds(value):
+def _seconds(value: float) -> str:
     return f"{1000 * value:.0f} ms" if value < 1 else f"{value:.1f} s"
 
 
-def _size(value):
+def _size(value: float) -> str:
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value / 1e3:.0f} kB"
 
 
-# picture
+# The picture
 
 
-def draw(result, path):
-    """Time and memory against N, log-log, a line per variant; dotted guides of slope 2 and 1."""
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Draw time and memory against N on logarithmic axes, with a line for each variant."""
     figure = Figure(figsize=(11, 5.2), layout="constrained")
     for ax, name, scale, title in zip(
         figure.subplots(1, 2),
@@ -362,13 +376,13 @@ def draw(result, path):
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
     figure.suptitle(f"The loss, D = {result['dim']}, {result['environment']['threads']} threads", fontsize=12)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--page", type=Path, default=PAGE)
+def main() -> None:
+    parser = argument_parser("report", __doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON that benchmarks wrote")
+    parser.add_argument("--page", type=Path, default=PAGE, help="markdown; the plot is written beside it as PNG")
     arguments = parser.parse_args()
     results = load(arguments.results)
     arguments.page.write_text(render(arguments.page.read_text(), results))

@@ -1,28 +1,28 @@
-"""A model, not a measurement: what a training step on many GPUs would take, and what the loss would add to it.
+"""A model, not a measurement: how long a training step on many GPUs would take, and how much of it is the loss.
 
     python -m benchmarks.scaling    # 1,024 pairs on each of up to 1,024 GPUs; writes results/benchmarks/scaling.json
 
-Counts of arithmetic, bytes and memory are those of the code (the first is measured in loss.json and step.json); the
-rates that turn them into seconds are assumptions, in `ASSUMED`, and every one is an argument of `predict`.
+The counts of arithmetic, bytes and memory are those of the code; loss.json and step.json have measured the arithmetic.
+The rates that turn counts into seconds are assumptions. They are listed in `ASSUMED`, and each is an argument of
+`predict`.
 """
 
-import argparse
 from pathlib import Path
 
-from benchmarks.protocol import RESULTS, environment, write_result
+from benchmarks.measurement import RESULTS, argument_parser, environment, write_result
 
 MODALITIES = 3
 ASSUMED = {
     "flops_per_second": 400e12,  # of one GPU: 40 % of an H100's 989e12 in bfloat16
     "bytes_per_second": 40e9,  # that one GPU receives: 80 % of a 400 Gb/s link
-    "bytes_per_number": 2,  # embeddings in bfloat16; in float32, as without autocast, 4
+    "bytes_per_number": 2,  # embeddings in bfloat16; 4 in float32, which they have without autocast
 }
 
 
-def clip_vit_b32_flops(text_tokens=77):
-    """Forward flops per pair of CLIP ViT-B/32 at 224 pixels (a multiply-add is two); backward has twice as many."""
+def clip_vit_b32_flops(text_tokens: int = 77) -> int:
+    """Forward flops per pair of CLIP ViT-B/32 at 224 pixels; a multiply-add is two. Backward has twice as many."""
 
-    def transformer(layers, width, tokens):
+    def transformer(layers: int, width: int, tokens: int) -> int:
         return layers * (2 * 12 * width**2 * tokens + 4 * tokens**2 * width)
 
     patches = (224 // 32) ** 2
@@ -30,12 +30,13 @@ def clip_vit_b32_flops(text_tokens=77):
     return embedding + transformer(12, 768, patches + 1) + transformer(12, 512, text_tokens)
 
 
-def loss_flops(num_pairs, processes, dim, half_ring=False, kernels=False):
-    """Of one process, forward and backward, for its n = N/W rows.
+def loss_flops(num_pairs: int, processes: int, dim: int, half_ring: bool = False, kernels: bool = False) -> float:
+    """Flops of one process, forward and backward, for its n = N/W rows.
 
-    The tiles need 36 n²D among themselves (symmetric); 54 n²D with the rows of another process, seen from one side; 72
-    n²D from both sides, which the half ring computes for half of the others (and once from one side, if their number is
-    odd). The GPU kernels see rows alone: 54 n²D for a side, their own too, 108 for both.
+    The tiles need 36 n²D for the process's own rows, because that block is symmetric. A block with the rows of another
+    process takes 54 n²D for one side and 72 n²D for both sides. The half ring computes both sides for half of the other
+    processes; if their number is odd, it computes one more from one side. The GPU kernels compute each side separately:
+    54 n²D for a side, also of the own block, and 108 n²D for both.
     """
     n, others = num_pairs / processes, processes - 1
     two_sided = others // 2 if half_ring else 0
@@ -44,16 +45,23 @@ def loss_flops(num_pairs, processes, dim, half_ring=False, kernels=False):
     return (own + both * two_sided + 54 * one_sided) * n**2 * dim
 
 
-def exchanged_bytes(num_pairs, processes, dim, bytes_per_number, half_ring=False):
-    """Received by one process: the embeddings of all others once; in the half ring those of half of them, forward and
-    again backward, and as many rows of gradients in float32. Sums of exponentials (9 numbers a pair) are left out."""
+def exchanged_bytes(num_pairs: int, processes: int, dim: int, bytes_per_number: int, half_ring: bool = False) -> float:
+    """Bytes that one process receives.
+
+    If rows are gathered, these are the embeddings of all others once. In the half ring they are the embeddings of half
+    of the others, once forward and once backward, and as many rows of gradients in float32. The sums of exponentials, 9
+    numbers per pair, are left out.
+    """
     numbers = MODALITIES * num_pairs * dim * (processes - 1) / processes
     return numbers * (bytes_per_number + 4 / 2 if half_ring else bytes_per_number)
 
 
-def loss_memory(num_pairs, processes, dim, bytes_per_number, half_ring=False):
-    """Bytes of one process for others' rows, tiles left out: the rows of all; in the half ring visitors, those that
-    follow, and float32 gradients for them and from others."""
+def loss_memory(num_pairs: int, processes: int, dim: int, bytes_per_number: int, half_ring: bool = False) -> float:
+    """Bytes that one process needs for the rows of others, without the tiles.
+
+    If rows are gathered, these are the rows of all. In the half ring they are the visiting rows, the rows that arrive
+    next, and two sets of float32 gradients.
+    """
     own = MODALITIES * num_pairs / processes * dim
     if processes == 1:
         return 0.0
@@ -61,14 +69,23 @@ def loss_memory(num_pairs, processes, dim, bytes_per_number, half_ring=False):
 
 
 def predict(
-    num_pairs, processes, dim, encoder_flops, *, flops_per_second, bytes_per_second, bytes_per_number, half_ring=False
-):
+    num_pairs: int,
+    processes: int,
+    dim: int,
+    encoder_flops: float,
+    *,
+    flops_per_second: float,
+    bytes_per_second: float,
+    bytes_per_number: int,
+    half_ring: bool = False,
+) -> dict[str, float]:
     """
-    One step of N pairs on W GPUs, one pair's towers taking `encoder_flops` forward; nothing overlaps.
+    Predict one step of N pairs on W GPUs, whose towers take `encoder_flops` forward per pair. Nothing overlaps.
 
     Returns:
-        `dict`: seconds of `encoder` (forward and backward, without GradCache), `loss` and `exchange`; `loss_share` of
-        the last two in all three; `memory`: bytes of the loss on one GPU.
+        - seconds of `encoder` (forward and backward, without GradCache), `loss` and `exchange`;
+        - `loss_share`: the share of `loss` and `exchange` in all three;
+        - `memory`: bytes of the loss on one GPU.
     """
     shape = num_pairs, processes, dim
     received = exchanged_bytes(*shape, bytes_per_number, half_ring)
@@ -81,12 +98,12 @@ def predict(
     return {**seconds, "loss_share": share, "memory": loss_memory(*shape, bytes_per_number, half_ring)}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = argument_parser("scaling", __doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 8, 64, 256, 1024])
-    parser.add_argument("--pairs", type=int, default=1024, help="on each GPU")
+    parser.add_argument("--pairs", type=int, default=1024, help="pairs on each GPU")
     parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--text_tokens", type=int, default=77, help="of each text, padding included")
+    parser.add_argument("--text_tokens", type=int, default=77, help="tokens of each text, including padding")
     for name, value in ASSUMED.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling.json")
@@ -101,7 +118,7 @@ def main():
             rows.append(row | predict(num_pairs, processes, arguments.dim, encoder_flops, half_ring=half_ring, **rates))
     assumptions = rates | {name: getattr(arguments, name) for name in ("dim", "text_tokens")}
     assumptions |= {"encoder": "CLIP ViT-B/32", "encoder_flops": encoder_flops}
-    # N at which the loss's arithmetic equals the towers', whatever W
+    # the N at which loss and towers have equally much arithmetic, for any W
     assumptions["pairs_where_loss_equals_encoder"] = 3 * encoder_flops / (54 * arguments.dim)
     write_result(arguments.out, {"environment": environment(threads=1), "assumptions": assumptions, "rows": rows})
     for row in rows:

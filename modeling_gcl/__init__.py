@@ -1,5 +1,6 @@
-"""What ships to the Hub beside the weights: configuration, model, processor and loss. Importing it registers GCL with
-transformers' Auto classes; every saved folder carries these files for `trust_remote_code=True`."""
+"""Configuration, model, processor and losses of GCL. Importing it registers GCL with transformers' Auto classes.
+
+Saved models contain these files, so that they load with `trust_remote_code=True` without this package."""
 
 from transformers import AutoConfig, AutoModel, AutoProcessor
 

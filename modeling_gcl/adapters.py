@@ -1,19 +1,24 @@
-"""Loading a LoRA adapter onto a model whole, or not at all."""
+"""Loading of LoRA adapters that fails if the adapter does not fit the model."""
 
 import re
+from typing import Any
 
 import torch
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
 
-class WholeAdapters:
-    """For a `PreTrainedModel`: its `load_adapter` leaves as it is in the base what it does not find in an adapter, and
-    with transformers before 5.18 the modules that were trained whole, temperature and gates."""
+class AdapterMixin:
+    """
+    Replaces `load_adapter` of a `PreTrainedModel`, which silently leaves a weight untrained if the adapter lacks it.
+    With transformers before 5.18 it also forgets the modules that were trained in full (temperature and gates).
+    """
 
-    def load_adapter(self, peft_model_id=None, *args, adapter_kwargs=None, **kwargs):
+    def load_adapter(
+        self, peft_model_id: str | None = None, *args: Any, adapter_kwargs: dict | None = None, **kwargs: Any
+    ) -> Any:
         """
-        As `PreTrainedModel.load_adapter`.
+        Load an adapter. Arguments and result are those of `PreTrainedModel.load_adapter`.
 
         Raises:
             ValueError: the adapter lacks weights.
@@ -21,18 +26,18 @@ class WholeAdapters:
         report = super().load_adapter(peft_model_id, *args, adapter_kwargs=adapter_kwargs, **kwargs)
         missing = set(report.missing_keys)
         if missing and peft_model_id is not None:
-            missing -= _load_whole_modules(self, missing, peft_model_id, adapter_kwargs or {})
+            missing -= _load_fully_trained_modules(self, missing, peft_model_id, adapter_kwargs or {})
         if missing:
             raise ValueError(
-                f"the adapter lacks {len(missing)} weights of the model's, such as {min(missing)}: it is damaged, or "
-                "for another model"
+                f"the adapter lacks {len(missing)} of the model's weights, such as {min(missing)}: "
+                "it is damaged, or it was made for another model"
             )
         return report
 
 
 @torch.no_grad()
-def _load_whole_modules(model, missing, name, adapter_kwargs):
-    """Copy those of the missing parameters that the file has under peft's names; returns them."""
+def _load_fully_trained_modules(model, missing, name, adapter_kwargs):
+    """Copy the missing parameters that the adapter's file holds under peft's names, and return their names."""
     saved = load_state_dict(cached_file(name, "adapter_model.safetensors", **adapter_kwargs))
     loaded = set()
     for key in missing:

@@ -1,14 +1,17 @@
-"""Fusion of an image feature and a text feature into one, and the choice of the rule that suits a pair of towers.
+"""Fusion of an image feature with a text feature, and the choice of the fusion rule for a pair of towers.
 
-- `sum` is the paper's rule for CLIP, `normalized_sum` MixBench's; the gated ones begin as these and learn from there.
-- Towers whose features differ in length drown each other in a plain sum, so the rule is chosen from the lengths: they
-  are measured on a few drawn pictures with captions, which needs no data.
+- `sum` is the paper's rule for CLIP, and `normalized_sum` is MixBench's. The gated rules start equal to these two.
+- If the features of one tower are much longer, a plain sum ignores the other tower. So the rule is chosen by the
+  lengths of the features, measured on a few drawn pictures with captions; no data are needed.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
+from transformers import PreTrainedModel, ProcessorMixin
 from transformers import initialization as init
 from transformers.utils import logging
 
@@ -16,13 +19,13 @@ from .configuration_gcl import FUSIONS, GATED_FUSIONS
 
 logger = logging.get_logger(__name__)
 
-MAX_NORM_RATIO = 2.0  # from there on the longer feature makes up more than two thirds of the sum
+MAX_NORM_RATIO = 2.0  # above it, the longer feature makes up more than two thirds of the sum
 
 
 class GateLayer(nn.Linear):
-    """Last layer of the gates; zero at the start, which makes every gate 1."""
+    """Last layer of the gates. Its weights start at zero, which makes every gate 1."""
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         init.zeros_(self.weight)
         init.zeros_(self.bias)
 
@@ -33,11 +36,11 @@ class Fusion(nn.Module):
 
     Args:
         dim (`int`): dimension D of the features.
-        gated (`bool`): with gates, which the gated rules need. They multiply each dimension of both features with a
-            number in (0, 2), from a small network of both unit features; all gates are 1 at the start.
+        gated (`bool`): create gates, which the gated rules need. A small network reads both normalised features, and
+            returns a gate in (0, 2) for each dimension of each feature. All gates start at 1.
     """
 
-    def __init__(self, dim, gated):
+    def __init__(self, dim: int, gated: bool) -> None:
         super().__init__()
         self.gated = gated
         if gated:
@@ -45,18 +48,22 @@ class Fusion(nn.Module):
             self.gate_in = nn.Linear(2 * dim, hidden)
             self.gate_out = GateLayer(hidden, 2 * dim)
 
-    def forward(self, image, text, rule):
+    def forward(self, image: torch.Tensor, text: torch.Tensor, rule: str) -> torch.Tensor:
         """
-        (N, D) raw features of both towers → (N, D) fused features, not normalised.
+        Fuse raw features (N, D) of both towers into features (N, D), which are not normalised.
 
-        `rule` (`str`) is a fusion of `GCLConfig`, which may change while a model lives; ValueError for one that is
-        unknown, or that needs gates where there are none.
+        Args:
+            image, text (`torch.Tensor` of shape `(N, D)`).
+            rule (`str`): `fusion` of `GCLConfig`, which may change after the model was built.
+
+        Raises:
+            ValueError: the rule is unknown, or it needs gates and there are none.
         """
         if rule not in FUSIONS:
             raise ValueError(f"fusion={rule!r} is unknown: choose one of {', '.join(FUSIONS)}")
         if rule in GATED_FUSIONS and not self.gated:
             raise ValueError(
-                f"fusion={rule!r} needs gates, which this model was built without: load it again with this fusion, "
+                f"fusion={rule!r} needs gates, and this model was built without them: load it again with "
                 f"from_pretrained(..., fusion={rule!r})"
             )
         if rule in GATED_FUSIONS:
@@ -68,22 +75,22 @@ class Fusion(nn.Module):
         return image_gate * image + text_gate * text if rule in GATED_FUSIONS else image + text
 
 
-def unit(features):
-    """(N, D) features → unit vectors, in float32 for half precision."""
+def unit(features: torch.Tensor) -> torch.Tensor:
+    """Normalise features (N, D). The result is float32 or float64."""
     return F.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
 
 
 @torch.no_grad()
-def measure_tower_norms(model, processor):
+def measure_tower_norms(model: PreTrainedModel, processor: ProcessorMixin) -> dict[str, float]:
     """
-    Mean length of the raw features of each tower, over twelve drawn shapes and their captions.
+    Measure the mean length of each tower's raw features, over twelve drawn shapes and their captions.
 
     Args:
-        model (`GCLModel`): with two towers; its mode is left as it was.
-        processor (`GCLProcessor`): the checkpoint's.
+        model (`GCLModel`): a model with two towers. Its train or eval mode is restored.
+        processor (`GCLProcessor`): the processor of the checkpoint.
 
     Returns:
-        `dict[str, float]`: `"image"` and `"text"`.
+        `dict[str, float]`: the lengths of `"image"` and `"text"`.
     """
     images, texts = zip(*drawn_pairs())
     inputs = processor(images=list(images), text=list(texts), return_tensors="pt").to(model.device)
@@ -96,23 +103,25 @@ def measure_tower_norms(model, processor):
     return {name: round(values.float().norm(dim=-1).mean().item(), 4) for name, values in features.items()}
 
 
-def choose_fusion(model, processor):
+def choose_fusion(model: PreTrainedModel, processor: ProcessorMixin | None) -> None:
     """
-    Set `config.fusion` of a model of two towers to `"sum"`, the paper's rule, unless one tower's features are over
-    `MAX_NORM_RATIO` times longer than the other's: `"normalized_sum"` then. The lengths go to `config.tower_norms`.
+    Choose `config.fusion` for a model with two towers, and store the measured lengths in `config.tower_norms`.
 
-    Without a processor nothing can be measured and all stays as it is.
+    The rule is `"sum"`, the paper's, unless one tower's features are more than `MAX_NORM_RATIO` times as long as the
+    other's; then it is `"normalized_sum"`. Without a processor nothing can be measured, and nothing is changed.
     """
     if processor is None:
         return
     model.config.tower_norms = measure_tower_norms(model, processor)
     shorter, longer = sorted(model.config.tower_norms.values())
     model.config.fusion = "sum" if longer <= MAX_NORM_RATIO * shorter else "normalized_sum"
-    logger.info(f"fusion={model.config.fusion!r}: mean lengths of the towers' features are {model.config.tower_norms}")
+    logger.info(
+        f"fusion={model.config.fusion!r} is used: the towers' features have mean lengths {model.config.tower_norms}"
+    )
 
 
-def drawn_pairs():
-    """Twelve (image, caption) pairs, for whoever needs inputs and has no data."""
+def drawn_pairs() -> Iterator[tuple[Image.Image, str]]:
+    """Draw twelve pairs of an image and its caption, for use where inputs are needed and no data are at hand."""
     for colour in ("red", "green", "blue"):
         for shape in ("circle", "square", "triangle", "cross"):
             image = Image.new("RGB", (256, 256), "white")

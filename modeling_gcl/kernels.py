@@ -1,42 +1,46 @@
-"""Triton kernels of the tiled loss for NVIDIA GPUs: the sums of exponentials and their weighted gradient.
+"""Triton kernels of the tiled loss for NVIDIA GPUs: the sums of exponentials, and their weighted gradient.
 
 Notable features:
-- neither logits nor weights reach the GPU's memory: a program keeps its tile and, as FlashAttention does, the (rows, D)
-  gradient it accumulates in registers;
-- similarities are accurate as float32: half-precision products are exact, float32 ones are three TF32 products;
-- one launch for each ordered block (a, m), in which every result has one owner, so there are no atomics: the same
-  input on the same kind of GPU gives the same bits each run;
-- offsets are 64 bit: a million rows of any length.
+- Neither logits nor weights are written to the GPU's memory. A program keeps its tile in registers, and also the
+  (rows, D) gradient that it accumulates, as FlashAttention does.
+- Similarities are as accurate as float32: half-precision products are exact, and a float32 product is three TF32 ones.
+- Each ordered block (a, m) is one launch, and each result is written by one program. There are no atomics, so the same
+  input on the same kind of GPU gives the same bits in every run.
+- Offsets are 64-bit, enough for a million rows of any length.
 
-Only a panel's rows get sums and gradients. The PyTorch tiles use a tile for its rows and for its columns, which costs
-12 + 24 = 36 N²D for GCL over N pairs and 9 blocks. Here several programs would have to add to one column's result, by
-atomics, whose order, and so whose rounding, changes from run to run. Rows alone cost 18 + 36 = 54 N²D: each of the nine
-ordered blocks 2 for its sums and 2 + 2 for its gradient, which computes the similarities again.
+Only a panel's rows get sums and gradients. The PyTorch tiles use each tile for its rows and its columns, which costs
+12 + 24 = 36 N²D for GCL over N pairs in 9 blocks. Here, several programs would then have to add to the result of one
+column, with atomics, whose order and rounding change from run to run. Using only the rows costs 18 + 36 = 54 N²D: each
+of the nine ordered blocks takes 2 N²D for its sums, and 2 + 2 for its gradient, which computes the similarities again.
 
-Not timed: the configurations are reasoned, and compiled to see that registers and shared memory suffice (for D of 64 to
-1024 on sm_80 and sm_90 a thread spills 136 bytes at most, 320 with semantic cosines), but not tuned on a GPU.
+The configurations were not tuned on a GPU. They were derived, and compiled to check that registers and shared memory
+suffice: for D from 64 to 1024 on sm_80 and sm_90, a thread spills at most 136 bytes, or 320 with semantic cosines.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
+from .tiles import Panel
+
 try:
     import triton
     import triton.language as tl
-except ImportError:  # no requirement: the PyTorch tiles do the same
+except ImportError:  # optional: the PyTorch tiles compute the same
     triton = None
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-PROGRAMS = 256  # columns are split until about so many run; fixed, as another number gives other bits
-MAX_PARTS = 4  # of D: the gradient kernel spells out its accumulators
-LOG2_E = math.log2(math.e)  # the kernels take powers of two
+PROGRAMS = 256  # columns are divided until about this many programs run; another number would change the rounding
+MAX_PARTS = 4  # parts that D is divided into: the gradient kernel has one variable for each
+LOG2_E = math.log2(math.e)  # the kernels compute powers of two
 
 
-def supports(x):
-    """Whether the kernels take tensor `x`: Triton is installed and `x` is float32, bfloat16 or float16 on an NVIDIA GPU
-    of compute capability 8.0 (Ampere) or later. Not on AMD's, where nothing of this was ever compiled."""
+def supports(x: torch.Tensor) -> bool:
+    """Whether the kernels support tensor `x`: Triton is installed, and `x` is float32, bfloat16 or float16 on an NVIDIA
+    GPU of compute capability 8.0 (Ampere) or later. AMD GPUs are not supported: the kernels were never compiled for
+    them."""
     return (
         triton is not None
         and x.is_cuda
@@ -46,14 +50,14 @@ def supports(x):
     )
 
 
-def add_sums(panel, scale, shift, sums):
+def add_sums(panel: Panel, scale: float, shift: float, sums: torch.Tensor) -> None:
     r"""
-    For each of the panel's blocks, in both orders: sums[a, m, r] += Σ_c exp(scale e_a^r·e_m^c − shift) over the
-    candidates c that are not hidden from r. With semantic cosines C and a = m, e_a^r·e_m^c is multiplied by
-    1 − C[r, c]. Overflow gives inf and underflow 0: the caller chooses the shift, and checks.
+    For each of the panel's blocks, in both orders: sums[a, m, r] += Σ_c exp(scale e_a^r·e_m^c − shift), over the
+    candidates c that are negatives of r. With semantic cosines C and a = m, e_a^r·e_m^c is multiplied by 1 − C[r, c].
+    Overflow gives inf and underflow gives 0; the caller chooses the shift and checks the result.
 
     Args:
-        panel (`Panel`): R ≥ 1 anchors and C ≥ 1 candidates of M modalities, all contiguous and of one of `DTYPES`.
+        panel (`Panel`): R ≥ 1 anchors and C ≥ 1 candidates in M modalities, all contiguous and with one of `DTYPES`.
         scale, shift (`float`).
         sums (`torch.Tensor` of shape `(M, M, R)`): float32, changed in place.
     """
@@ -66,14 +70,22 @@ def add_sums(panel, scale, shift, sums):
         sums[a, m] += partial.sum(0)
 
 
-def add_weighted(panel, scale, shift, row_ratios, col_ratios, grads, bf16=False):
+def add_weighted(
+    panel: Panel,
+    scale: float,
+    shift: float,
+    row_ratios: torch.Tensor,
+    col_ratios: torch.Tensor,
+    grads: Sequence[torch.Tensor | None],
+    bf16: bool = False,
+) -> None:
     r"""
     For each anchor modality a: grads[a] += Σ_m W_am E_m over the panel's blocks, in both orders, where
 
-        W_am[r, c] = exp(scale e_a^r·e_m^c − shift) (row_ratios[a, m, r] + col_ratios[m, a, c]),   0 where c is hidden
+        W_am[r, c] = exp(scale e_a^r·e_m^c − shift) (row_ratios[a, m, r] + col_ratios[m, a, c])
 
-    With semantic cosines C and a = m, both e_a^r·e_m^c and W are multiplied by 1 − C[r, c]. The gradient's factor
-    `scale` is left to the caller.
+    or 0 if c is not a negative of r. With semantic cosines C and a = m, both e_a^r·e_m^c and W are multiplied by
+    1 − C[r, c]. The caller must multiply the gradient by `scale`.
 
     Args:
         panel (`Panel`): as for `add_sums`.
@@ -81,8 +93,8 @@ def add_weighted(panel, scale, shift, row_ratios, col_ratios, grads, bf16=False)
         row_ratios (`torch.Tensor` of shape `(M, M, R)`), col_ratios (`torch.Tensor` of shape `(M, M, C)`): float32.
         grads (sequence of M `torch.Tensor` of shape `(R, D)`, or None where not wanted): float32, contiguous, changed
             in place.
-        bf16 (`bool`): W_am and E_m in bfloat16 for their product, which is accumulated in float32. Always so for
-            embeddings of half precision.
+        bf16 (`bool`): convert W_am and E_m to bfloat16 for their product, which is accumulated in float32. For
+            embeddings of half precision this is always done.
     """
     x = panel.rows[0]
     factor_dtype = torch.float32 if x.dtype == torch.float32 and not bf16 else torch.bfloat16
@@ -104,7 +116,7 @@ def add_weighted(panel, scale, shift, row_ratios, col_ratios, grads, bf16=False)
 
 
 class _Config(NamedTuple):
-    """Size of a tile, entries of D that an instruction's operands hold at once, and how it is compiled."""
+    """Rows and columns of a tile, width of the part of D that is multiplied at a time, and compiler options."""
 
     rows: int
     cols: int
@@ -114,17 +126,17 @@ class _Config(NamedTuple):
 
 
 def _sums_config(dtype, semantic):
-    """As for a matrix product: of 128×128 similarities each of 256 threads holds 64, and three steps of D are on their
-    way through shared memory. Half a tile where it is not alone: float32 operands are split in two to be multiplied,
-    and semantic cosines are a second tile."""
+    """As for a matrix product: each of 256 threads holds 64 of 128×128 similarities, and three steps of D are in shared
+    memory. The tile is half as large if more has to be held: float32 operands, which are split in two to be multiplied,
+    or semantic cosines, which are a second tile."""
     return _Config(128, 64 if semantic or dtype == torch.float32 else 128, _step(dtype))
 
 
 def _gradient_config(dim, factor_dtype, hopper):
-    """The accumulators take D/8 registers of each thread for 32 rows, D/4 for 64, of 255, beside the tile and operands:
-    wide parts of D and float32 operands, split in two, take most. More rows would read the candidates less often, and
-    Hopper's own matrix instructions take 64. No configuration depends on more than a consumer card's shared memory.
-    """
+    """Of 255 registers, the accumulators take D/8 in each thread for 32 rows, or D/4 for 64 rows. The tile and the
+    operands need registers too, most of all wide parts of D, and float32 operands, which are split in two. With more
+    rows, the candidates are read less often, and Hopper's matrix instructions need 64. All configurations fit into the
+    shared memory of a consumer card."""
     widths = [width for width in (64, 128, 256) if _cdiv(dim, width) <= MAX_PARTS] or [256]
     width = min(widths, key=lambda width: _cdiv(dim, width) * width)
     if factor_dtype == torch.float32:
@@ -141,7 +153,7 @@ def _is_hopper(x):
 
 
 def _step(dtype):
-    """Entries of D per step of a similarity: 128 bytes, a cache line."""
+    """Entries of D that are multiplied at a time: 128 bytes, a cache line."""
     return 128 // dtype.itemsize
 
 
@@ -150,8 +162,9 @@ def _cdiv(a, b):
 
 
 def _grid(panel, config):
-    """Tiles of rows × parts of the columns, and the columns of a part. Each part has its own copy of the result, to be
-    summed, so the copies together hold `PROGRAMS` tiles of rows at most; one part, where rows are many, needs none."""
+    """The grid, (row tiles, parts of the columns), and the number of columns in a part. Each part has its own copy of
+    the result, and the copies are summed; together they have at most `PROGRAMS` row tiles. With many rows, there is
+    only one part, and no copy."""
     row_tiles, col_tiles = _cdiv(len(panel.rows[0]), config.rows), _cdiv(len(panel.cols[0]), config.cols)
     tiles_per_part = _cdiv(col_tiles, max(1, PROGRAMS // row_tiles))
     return (row_tiles, _cdiv(col_tiles, tiles_per_part)), tiles_per_part * config.cols
@@ -191,14 +204,14 @@ if triton is not None:
 
     @triton.jit
     def _load(ptr, index, length, start, DIM: tl.constexpr, WIDTH: tl.constexpr):
-        """Rows `index` of a (length, DIM) matrix, WIDTH of their entries from `start` on; 0 outside."""
+        """WIDTH entries, from `start` on, of the rows `index` of a (length, DIM) matrix; 0 outside."""
         k = start + tl.arange(0, WIDTH)
         mask = (index < length)[:, None] & (k < DIM)[None, :]
         return tl.load(ptr + index.to(tl.int64)[:, None] * DIM + k[None, :], mask=mask, other=0.0)
 
     @triton.jit
     def _dot(left, right, out, PRECISION: tl.constexpr):
-        if PRECISION == "ieee":  # the interpreter, which multiplies the bits of bfloat16 as if they were integers
+        if PRECISION == "ieee":  # the interpreter multiplies the bits of bfloat16 as if they were integers
             left, right = left.to(tl.float32), right.to(tl.float32)
         return tl.dot(left, right, out, input_precision=PRECISION)
 
@@ -216,18 +229,18 @@ if triton is not None:
         return out
 
     @triton.jit
-    def _shown(
+    def _is_negative(
         r, c, row_labels, col_labels, num_rows, num_cols, LABELS: tl.constexpr, SYMMETRIC: tl.constexpr
     ):  # fmt: skip
         """(r, c) tile: whether c is a negative of r."""
-        shown = (r < num_rows)[:, None] & (c < num_cols)[None, :]
+        is_negative = (r < num_rows)[:, None] & (c < num_cols)[None, :]
         if SYMMETRIC:
-            shown = shown & (r[:, None] != c[None, :])
+            is_negative = is_negative & (r[:, None] != c[None, :])
         for index in tl.static_range(LABELS):
             left = tl.load(row_labels + index * num_rows + r, mask=r < num_rows, other=0)
             right = tl.load(col_labels + index * num_cols + c, mask=c < num_cols, other=0)
-            shown = shown & (left[:, None] != right[None, :])
-        return shown
+            is_negative = is_negative & (left[:, None] != right[None, :])
+        return is_negative
 
     @triton.jit
     def _sums_kernel(
@@ -236,7 +249,7 @@ if triton is not None:
         LABELS: tl.constexpr, SEMANTIC_DIM: tl.constexpr, SYMMETRIC: tl.constexpr, PRECISION: tl.constexpr,
         DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr,
     ):  # fmt: skip
-        """Writes sums (parts of the columns, num_rows). Here and below scale and shift are those of exp2."""
+        """Write sums (parts of the columns, num_rows). Here and below, scale and shift are for exp2."""
         r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
         start = tl.program_id(1) * cols_per_program
         total = tl.zeros((BLOCK_R,), tl.float32)
@@ -247,8 +260,8 @@ if triton is not None:
                 tile *= 1 - _products(
                     row_semantic, col_semantic, r, c, num_rows, num_cols, SEMANTIC_DIM, 32, PRECISION
                 )  # fmt: skip
-            shown = _shown(r, c, row_labels, col_labels, num_rows, num_cols, LABELS, SYMMETRIC)
-            total += tl.sum(tl.where(shown, tl.exp2(tile * scale - shift), 0.0), 1)
+            is_negative = _is_negative(r, c, row_labels, col_labels, num_rows, num_cols, LABELS, SYMMETRIC)
+            total += tl.sum(tl.where(is_negative, tl.exp2(tile * scale - shift), 0.0), 1)
         tl.store(sums + tl.program_id(1).to(tl.int64) * num_rows + r, total, mask=r < num_rows)
 
     @triton.jit
@@ -266,7 +279,7 @@ if triton is not None:
         DIM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, WIDTH: tl.constexpr,
         PARTS: tl.constexpr, STEP: tl.constexpr,
     ):  # fmt: skip
-        """Adds to out (parts of the columns, num_rows, DIM): each program to PARTS · WIDTH entries of its rows."""
+        """Add to out (parts of the columns, num_rows, DIM). Each program adds to PARTS · WIDTH entries of its rows."""
         r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
         start = tl.program_id(1) * cols_per_program
         d = tl.program_id(2) * PARTS * WIDTH
@@ -288,8 +301,8 @@ if triton is not None:
                 )  # fmt: skip
                 tile *= repulsion
                 ratio *= repulsion
-            shown = _shown(r, c, row_labels, col_labels, num_rows, num_cols, LABELS, SYMMETRIC)
-            weights = tl.where(shown, tl.exp2(tile * scale - shift) * ratio, 0.0)
+            is_negative = _is_negative(r, c, row_labels, col_labels, num_rows, num_cols, LABELS, SYMMETRIC)
+            weights = tl.where(is_negative, tl.exp2(tile * scale - shift) * ratio, 0.0)
             weights = weights.to(factors.dtype.element_ty)
             out0 = _dot(weights, _load(factors, c, num_cols, d, DIM, WIDTH), out0, PRECISION)
             if PARTS > 1:

@@ -1,17 +1,18 @@
-"""Log-sum-exps over the blocks of a similarity matrix that is never held, on one process or shared out over several.
+"""Log-sum-exps over blocks of a similarity matrix that is never stored, on one process or divided between several.
 
 Notable features:
-- memory O(N·D): the logits exist only tile by tile (`tiles`);
-- a fixed shift instead of a running maximum, with exact log-sum-exps as fallback where the shift underflows;
-- the gradient of the scale falls out of the embeddings' gradient;
-- Matryoshka: embeddings cut to several dimensions are one pass, of a single one's matrix products (not by kernels);
-- on NVIDIA GPUs Triton kernels take the place of the tiles (`kernels`);
-- several processes: each sums over its own anchors, the sums are gathered, and every process then holds all that the
-  gradient of its own rows needs. No gradient is communicated. With `half_ring` not even the embeddings are gathered.
+- Memory is O(N·D): the logits are computed tile by tile (`tiles`), or on NVIDIA GPUs by Triton kernels (`kernels`).
+- The exponents have a fixed shift instead of a running maximum. If it underflows, exact log-sum-exps are computed.
+- The gradient of the scale is computed from the gradient of the embeddings.
+- Matryoshka: embeddings cut to several dimensions take one pass, with the matrix products of one (not with kernels).
+- With several processes, each sums over its own anchors, and the sums are gathered. Each process can then compute the
+  gradient of its own rows; no gradient is communicated. With `half_ring`, the embeddings are not gathered either.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -24,52 +25,56 @@ from .tiles import Pairs, Panel, TileCache, add_logsumexps, add_sums, add_weight
 
 
 class OneProcess:
-    """A batch that one process holds whole; and what an object that stands for several processes must offer.
+    """One process that has the whole batch. Objects for several processes have the same attributes and methods.
 
     Attributes:
-        rank, size (`int`): which process this is, of how many.
-        half_ring (`bool`): pass blocks of rows around instead of gathering all: memory O(N·D / size).
+        rank, size (`int`): index of this process, and number of processes.
+        half_ring (`bool`): send blocks of rows from process to process instead of gathering all rows. Memory is then
+            O(N·D / size).
     """
 
     rank, size, half_ring = 0, 1, False
 
-    def agree(self, num_rows, settings, error=None):
-        """Before any tensor is exchanged: `error` (or None) and what this process has, compared with the others'.
+    def agree(self, num_rows: int, settings: dict[str, Any] | None, error: Exception | None = None) -> list[int]:
+        """Compare errors and settings of all processes, before any tensor is exchanged.
 
         Args:
-            num_rows (`int`): rows on this process.
-            settings (`dict`): what must be the same on all processes; None with an error.
-            error (`Exception`, *optional*): what is wrong on this process.
+            num_rows (`int`): number of rows on this process.
+            settings (`dict`): what must be equal on all processes. None if there is an error.
+            error (`Exception`, *optional*): the error of this process.
 
         Returns:
-            `list[int]`: rows of each process.
+            `list[int]`: number of rows on each process.
 
         Raises:
-            Exception: on every process alike, if any process has an error.
-            ValueError: likewise, if settings differ.
+            Exception: a process has an error. All processes raise it.
+            ValueError: the settings differ. All processes raise it.
         """
         if error is not None:
             raise error
         return [num_rows]
 
-    def start_gather(self, tensors, sizes):
-        """Begin to join each of `tensors` (n, ...) over all processes in rank order; returns a function that waits and
-        gives the list of them."""
+    def start_gather(self, tensors: list[torch.Tensor], sizes: list[int]) -> Callable[[], list[torch.Tensor]]:
+        """Start to concatenate each of `tensors` (n, ...) over all processes, in rank order. Returns a function that
+        waits for the result and returns it."""
         return lambda: tensors
 
-    def start_shift(self, tensors, distance, num_rows):
-        """Begin to send `tensors` to process rank + distance; returns a function that waits and gives the list that
-        process rank − distance sent, of `num_rows` rows each."""
+    def start_shift(
+        self, tensors: list[torch.Tensor], distance: int, num_rows: int
+    ) -> Callable[[], list[torch.Tensor]]:
+        """Start to send `tensors` to process rank + distance. Returns a function that waits for the tensors of process
+        rank − distance, which have `num_rows` rows, and returns them."""
         return lambda: tensors
 
 
-def working_dtypes(embeds):
+def working_dtypes(embeds: Sequence[torch.Tensor]) -> tuple[torch.dtype, torch.dtype]:
     """
-    Precision of the losses of these embeddings.
+    The precision that losses of these embeddings are computed in.
 
     Returns:
-        `tuple[torch.dtype, torch.dtype]`: of the embeddings, and of logits and sums. Both float64 if an embedding is;
-        else float32, but embeddings of half precision stay as they are where kernels multiply them exactly.
+        `tuple[torch.dtype, torch.dtype]`: the dtype of the embeddings, and that of logits and sums. If any embedding is
+        float64, both are float64. Otherwise both are float32, except that embeddings of half precision are not
+        converted for kernels, which multiply them exactly.
     """
     dtypes = {x.dtype for x in embeds}
     if torch.float64 in dtypes:
@@ -79,39 +84,50 @@ def working_dtypes(embeds):
 
 
 def block_logsumexp(
-    embeds, scale, blocks, dims, *, labels=(), semantic=None, bf16=False, cache_bytes=0, processes=None, sizes=None
-):
+    embeds: Sequence[torch.Tensor],
+    scale: torch.Tensor,
+    blocks: Sequence[tuple[int, int]],
+    dims: Sequence[int],
+    *,
+    labels: Sequence[torch.Tensor] = (),
+    semantic: torch.Tensor | None = None,
+    bf16: bool = False,
+    cache_bytes: int = 0,
+    processes: OneProcess | None = None,
+    sizes: list[int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    For M modalities of N pairs: the log-sum-exp of each anchor's negatives in each modality, and the pairs' cosines,
-    with the embeddings cut to each of K dimensions:
+    For N pairs in M modalities, compute the log-sum-exps of each anchor's negatives in each modality, and the cosines
+    of the pairs, with the embeddings cut to each of K dimensions:
 
         negatives[d, a, m, j] = log Σ_{k≠j} exp(s e_a^j·e_m^k),   cosines[d, a, m, j] = e_a^j·e_m^j  (a < m)
 
-    Cost for each block in N²D multiply-adds counted twice: 8 for a < m (it yields [a, m] and [m, a]), 4 for a = m. On
-    W processes each has 1/W of it with `half_ring` (and for even W half an n² block more); otherwise 12 and 6 N²D/W,
-    less what symmetry saves among its own n = N/W rows.
+    In floating-point operations, a block costs 8 N²D if a < m (it gives [a, m] and [m, a]), and 4 N²D if a = m. With
+    `half_ring`, each of W processes does 1/W of that (and for even W, half an n² block more). Otherwise each does
+    12 N²D/W and 6 N²D/W, less what symmetry saves for its own n = N/W rows.
 
     Args:
-        embeds (sequence of M `torch.Tensor` of shape `(n, D)`): this process's rows, on one device and of the first of
-            `working_dtypes`. Rows need not be of unit norm, but far from it the slower fallback runs.
-        scale (`torch.Tensor` scalar): s, of the second of `working_dtypes`, on the same device.
+        embeds (sequence of M `torch.Tensor` of shape `(n, D)`): rows of this process, all on one device, with the first
+            of `working_dtypes`. They need not have unit norm, but for norms far from it the slower fallback runs.
+        scale (`torch.Tensor` scalar): s, with the second of `working_dtypes`, on the same device.
         blocks (sequence of `(a, m)` with `a <= m`): the blocks to compute.
-        dims (sequence of K `int`): from the smallest to D. Rows are normalised again once cut, but not to D.
-        labels (sequence of `torch.Tensor` of shape `(n,)`): pairs equal in any of them are not each other's negatives.
-        semantic (`torch.Tensor` of shape `(n, S)`, *optional*): unit rows c, of the scale's dtype. In blocks a = m the
-            similarity e_a^j·e_a^k is then multiplied by 1 − c^j·c^k. Without gradient.
-        bf16 (`bool`): the gradient's products, and the cached tiles, in bfloat16. The result itself is not affected.
-        cache_bytes (`int`): memory for tiles kept from forward to backward, which need not be computed again, if K = 1.
-        processes (*optional*): who shares the batch, as [`OneProcess`] describes it; each has n of the N pairs.
-        sizes (`list[int]`, *optional*): rows of each process; with `processes`.
+        dims (sequence of K `int`): from the smallest to D. Rows that are cut are normalised again.
+        labels (sequence of `torch.Tensor` of shape `(n,)`): pairs that are equal in one of them are not negatives.
+        semantic (`torch.Tensor` of shape `(n, S)`, *optional*): unit rows c, with the dtype of `scale`. In blocks with
+            a = m, the similarity e_a^j·e_a^k is multiplied by 1 − c^j·c^k. They get no gradient.
+        bf16 (`bool`): compute the products of the gradient in bfloat16, and cache tiles in bfloat16. The result does
+            not change.
+        cache_bytes (`int`): memory for tiles that are kept from forward to backward. Only used if K = 1.
+        processes (*optional*): the processes that share the batch; see [`OneProcess`]. Each has n of the N pairs.
+        sizes (`list[int]`, *optional*): number of rows on each process; needed with `processes`.
 
     Returns:
-        `tuple` of two `torch.Tensor` of shape `(K, M, M, N)`, the same on all processes: negatives, where anchors
-        without any negative hold a huge negative finite value, and cosines. Entries of blocks not asked for are
-        undefined; use none of them. Backward must start from the same loss on all processes. It gives the gradient of
-        the process's own rows times the number of processes, and a share of the scale's such that the mean over
-        processes is the whole gradient: what DistributedDataParallel and FSDP make of it, by averaging, is the gradient
-        of the loss.
+        `tuple` of two `torch.Tensor` of shape `(K, M, M, N)`, equal on all processes: negatives and cosines. Anchors
+        without negatives have a very low finite value. Entries outside `blocks` are undefined; don't use them.
+
+        Backward must start from the same loss on all processes. It gives the gradient of the process's own rows, times
+        the number of processes, and a part of the scale's gradient. Averaged over processes, as
+        DistributedDataParallel and FSDP do, these give the gradient of the loss.
     """
     if len(dims) > 1 and kernels_support(embeds[0]):
         each = [
@@ -130,8 +146,8 @@ def block_logsumexp(
     return _BlockLogSumExp.apply(shares, dims, labels, semantic, bf16, cache_bytes, scale, *embeds)
 
 
-class _Work:
-    """One process's share of the panels, and what it needs of other processes for them."""
+class _ProcessShare:
+    """The panels that one process computes, and its communication with other processes."""
 
     def __init__(self, own, blocks, processes, sizes):
         self.own, self.blocks, self.processes, self.sizes = own, blocks, processes, sizes
@@ -139,37 +155,38 @@ class _Work:
         self.rows = slice(start, start + sizes[processes.rank])  # this process's among all
         self.num_pairs = sum(sizes)
 
-    def panels(self, everyone=None):
-        """Yield (panel, candidates' rows among all, distance of their process or None if they do no share of it).
+    def panels(self, gathered=None):
+        """Yield (panel, slice of the candidates among all rows, distance). If the candidates' process relies on this
+        process for its side of the panel, distance is the distance to it; otherwise it is None.
 
         Args:
-            everyone (list, *optional*): is filled with the gathered tensors, or holds them already.
+            gathered (list, *optional*): the gathered tensors. If empty, it is filled with them.
         """
-        everyone = [] if everyone is None else everyone
+        gathered = [] if gathered is None else gathered
         if self.processes.half_ring:
             yield from self._half_ring()
             return
-        arrive = None if everyone else self.processes.start_gather(self.own.tensors(), self.sizes)
+        arrive = None if gathered else self.processes.start_gather(self.own.tensors(), self.sizes)
         yield Panel(self.own, self.own, self.blocks, symmetric=True), self.rows, None
         if arrive is not None:
-            everyone.extend(arrive())
+            gathered.extend(arrive())
         for rows in (slice(0, self.rows.start), slice(self.rows.stop, self.num_pairs)):
             if rows.start < rows.stop:
-                others = Pairs.of(everyone, self.own.make).select(rows)
+                others = Pairs.from_tensors(gathered, self.own.layout).select(rows)
                 yield Panel(self.own, others, self.blocks), rows, None
 
     def _half_ring(self):
-        """S[p,q] = S[q,p]ᵀ: of two processes one computes it, and hands the other its side."""
+        """S[p,q] = S[q,p]ᵀ, so only one of two processes computes it, and sends the other its side."""
         rank, size = self.processes.rank, self.processes.size
         arrive = self._start_visit(1)
         yield Panel(self.own, self.own, self.blocks, symmetric=True), self.rows, None
         for distance in range(1, size // 2 + 1):
-            visitors = Pairs.of(arrive(), self.own.make)
+            visitors = Pairs.from_tensors(arrive(), self.own.layout)
             arrive = self._start_visit(distance + 1)
             host = (rank - distance) % size
             start = sum(self.sizes[:host])
             rows = slice(start, start + self.sizes[host])
-            # half way round an even ring both processes meet each other: each takes its own side
+            # half-way around an even ring, both processes visit each other, and each computes its own side
             shared = 2 * distance < size
             yield Panel(self.own, visitors, self.blocks), rows, distance if shared else None
 
@@ -179,7 +196,7 @@ class _Work:
             return self.processes.start_shift(self.own.tensors(), distance, num_rows)
 
     def send_back(self, tensors, distance):
-        """Give visitors what was computed for them, and get what others computed for this process's rows."""
+        """Send visitors what was computed for them, and receive what others computed for this process's rows."""
         return self.processes.start_shift(tensors, -distance, self.sizes[self.processes.rank])()
 
     def gather(self, rows_first):
@@ -188,40 +205,40 @@ class _Work:
 
 
 class _BlockLogSumExp(torch.autograd.Function):
-    """`block_logsumexp`. With X = exp(S − c) and row sums z, g X/z is the gradient by the logits for g from above; a
-    tile serves [a, m] by its rows and [m, a] by its columns, so both gradients use W = X ∘ (g/z ⊕ (g/z)ᵀ). A gradient
-    has K more columns if K > 1: Σ W ∘ cosines of each cut, which the norms and the scale get their gradients from."""
+    """`block_logsumexp`. With X = exp(S − c), row sums z and the incoming gradient g, the gradient of the logits is
+    g X/z. The rows of a tile belong to [a, m] and its columns to [m, a], so both gradients use W = X ∘ (g/z ⊕ (g/z)ᵀ).
+    If K > 1, a gradient has K more columns, Σ W ∘ cosines of each cut, for the gradients of the norms and the scale."""
 
     @staticmethod
     def forward(ctx, shares, dims, labels, semantic, bf16, cache_bytes, scale, *embeds):
         with torch.autocast(scale.device.type, enabled=False):
             own = Pairs(embeds, tuple(labels), semantic, tuple(dims))
-            work = _Work(own, *shares)
-            ctx.shares, ctx.make, ctx.bf16, ctx.scale = shares, own.make, bf16, scale.item()
+            work = _ProcessShare(own, *shares)
+            ctx.shares, ctx.layout, ctx.bf16, ctx.scale = shares, own.layout, bf16, scale.item()
             ctx.shift = _fixed_shift(ctx.scale, work.num_pairs, scale.dtype)
             cache = TileCache(cache_bytes, torch.bfloat16 if bf16 else scale.dtype)
-            everyone = []
-            sums = _sums(work, ctx.scale, ctx.shift, scale.dtype, cache, everyone)
+            gathered = []
+            sums = _sums(work, ctx.scale, ctx.shift, scale.dtype, cache, gathered)
             ctx.exact = not _all_safe(sums, work.blocks)
             if ctx.exact:
                 cache.tiles.clear()
-                negatives = saved = _logsumexps(work, ctx.scale, scale.dtype, everyone)
+                negatives = saved = _logsumexps(work, ctx.scale, scale.dtype, gathered)
             else:
                 negatives, saved = sums.log().add_(ctx.shift), sums
             paired = torch.zeros_like(saved[..., work.rows])
             for a, m in combinations(range(len(embeds)), 2):
                 paired[:, a, m] = cosines(embeds[a].to(scale.dtype), embeds[m].to(scale.dtype), dims)
-            ctx.num_own, ctx.num_gathered = len(own.tensors()), len(everyone)
-            ctx.save_for_backward(saved, *own.tensors(), *everyone, *cache.tiles)
+            ctx.num_own, ctx.num_gathered = len(own.tensors()), len(gathered)
+            ctx.save_for_backward(saved, *own.tensors(), *gathered, *cache.tiles)
             return negatives, _rows_last(work.gather(_rows_first(paired)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, from_negatives, from_cosines):
         saved, *rest = ctx.saved_tensors
-        own, rest = Pairs.of(rest[: ctx.num_own], ctx.make), rest[ctx.num_own :]
-        everyone, cached = rest[: ctx.num_gathered], rest[ctx.num_gathered :]
-        work, embeds = _Work(own, *ctx.shares), own.embeds
+        own, rest = Pairs.from_tensors(rest[: ctx.num_own], ctx.layout), rest[ctx.num_own :]
+        gathered, cached = rest[: ctx.num_gathered], rest[ctx.num_gathered :]
+        work, embeds = _ProcessShare(own, *ctx.shares), own.embeds
         with torch.autocast(saved.device.type, enabled=False):
             needs_scale, *needs = ctx.needs_input_grad[6:]
             dim, dims = embeds[0].shape[1], own.dims
@@ -230,7 +247,7 @@ class _BlockLogSumExp(torch.autograd.Function):
                 x.new_zeros(len(x), width, dtype=saved.dtype) if need or needs_scale else None
                 for x, need in zip(embeds, needs)
             ]
-            _add_gradients(ctx, work, from_negatives, saved, everyone, cached, grads)
+            _add_gradients(ctx, work, from_negatives, saved, gathered, cached, grads)
             from_scale = None
             if needs_scale:  # Σ g dS/ds = Σ g S/s = <W E, E>/2, as W holds each entry of g in its row and in its column
                 if len(dims) > 1:
@@ -238,7 +255,7 @@ class _BlockLogSumExp(torch.autograd.Function):
                 else:
                     inner = (torch.linalg.vecdot(grad, x.to(grad.dtype)).sum() for grad, x in zip(grads, embeds))
                 from_scale = sum(inner) / 2 * work.processes.size
-            _finish(grads, embeds, dims, ctx.scale, from_cosines[..., work.rows])
+            _to_gradients(grads, embeds, dims, ctx.scale, from_cosines[..., work.rows])
             grads = (
                 grad[:, :dim].mul_(work.processes.size).to(x.dtype) if need else None
                 for grad, x, need in zip(grads, embeds, needs)
@@ -246,9 +263,9 @@ class _BlockLogSumExp(torch.autograd.Function):
             return None, None, None, None, None, None, from_scale, *grads
 
 
-def _finish(grads, embeds, dims, scale, from_cosines):
-    """Turn W·E into gradients, in place: times the scale, with what the pairs' cosines pull (K, M, M, n), and without
-    the part along a cut embedding, whose norm is fixed."""
+def _to_gradients(grads, embeds, dims, scale, from_cosines):
+    """Turn W·E into gradients, in place: multiply by the scale, add the gradient that comes from the pairs' cosines
+    (K, M, M, n), and remove the component along each cut embedding, whose norm is fixed."""
     inverses = [inverse_norms(x, dims).to(from_cosines.dtype) for x in embeds]
     for a, grad in enumerate(grads):
         if grad is None:
@@ -268,15 +285,15 @@ def _finish(grads, embeds, dims, scale, from_cosines):
 
 
 def _fixed_shift(scale, num_pairs, dtype):
-    """Smallest c ≥ 0 for which N terms exp(s·cosine − c) cannot overflow; leaves the most room to small cosines.
-    (Semantic factors reach 2: what they make overflow is found by `_all_safe`.)"""
+    """The smallest c ≥ 0 for which N terms exp(s·cosine − c) cannot overflow, which leaves most room for small cosines.
+    (With semantic factors, which reach 2, they can; `_all_safe` finds that.)"""
     return max(0.0, scale - (math.log(torch.finfo(dtype).max) - 2 - math.log(num_pairs)))
 
 
-def _sums(work, scale, shift, dtype, cache, everyone):
+def _sums(work, scale, shift, dtype, cache, gathered):
     """(K, M, M, N) sums of exp(S − shift) over the negatives of all anchors."""
     sums = _of_each_anchor(work, 0.0, dtype)
-    for panel, rows, distance in work.panels(everyone):
+    for panel, rows, distance in work.panels(gathered):
         theirs = sums if panel.symmetric else None
         if distance is not None:
             theirs = sums.new_zeros(*sums.shape[:-1], rows.stop - rows.start)
@@ -291,10 +308,10 @@ def _sums(work, scale, shift, dtype, cache, everyone):
     return _rows_last(work.gather(_rows_first(sums)))
 
 
-def _logsumexps(work, scale, dtype, everyone):
-    """(K, M, M, N) log-sum-exps over the negatives of all anchors, for any input."""
+def _logsumexps(work, scale, dtype, gathered):
+    """(K, M, M, N) log-sum-exps over the negatives of all anchors, for inputs of any size."""
     logs = _of_each_anchor(work, -torch.inf, dtype)
-    for panel, rows, distance in work.panels(everyone):
+    for panel, rows, distance in work.panels(gathered):
         theirs = logs if panel.symmetric else None
         if distance is not None:
             theirs = logs.new_full((*logs.shape[:-1], rows.stop - rows.start), -torch.inf)
@@ -311,17 +328,17 @@ def _of_each_anchor(work, value, dtype):
 
 
 def _all_safe(sums, blocks):
-    """Whether no row sum overflowed, nor is so small that terms lost to underflow could matter (or has no negative)."""
+    """Whether no row sum has overflowed, and none is so small that terms lost to underflow could matter."""
     limits = torch.finfo(sums.dtype)
     sums = torch.stack([sums[:, x, y] for a, m in blocks for x, y in ((a, m), (m, a))])
     return bool(((sums >= sums.shape[-1] * limits.tiny / limits.eps) & (sums <= limits.max)).all())
 
 
-def _add_gradients(ctx, work, above, saved, everyone, cached, grads):
-    """Add W·E to the gradients of this process's rows that are not None."""
+def _add_gradients(ctx, work, above, saved, gathered, cached, grads):
+    """Add W·E to those gradients of this process's rows that are not None."""
     ratios = above if ctx.exact else above / saved  # g/z
     cached = replay(cached)
-    for panel, rows, distance in work.panels(everyone):
+    for panel, rows, distance in work.panels(gathered):
         theirs = grads if panel.symmetric else None
         if distance is not None:
             theirs = [None if g is None else g.new_zeros(len(x), g.shape[1]) for g, x in zip(grads, panel.cols)]

@@ -1,15 +1,17 @@
-"""Losses over three modalities of N pairs: GCL (arXiv 2509.25638), plain CL, and AlignCLIP's intra-modality separation.
+"""Losses over N pairs in three modalities: GCL (arXiv 2509.25638), plain CL, and AlignCLIP's intra-modality separation.
 
 Notable features:
-- the self term is masked and the other positive stays in the denominator, as the paper states (floor log 2);
-- one switch each for the denominator, the intra-modality negatives, the weight of each direction, false negatives;
-- logits and log-sum-exp in float32 for half-precision embeddings and under autocast, in float64 for float64 ones;
-- memory O(N·D) forward and backward: `logsumexp` computes the logits tile by tile and never holds them;
-- Matryoshka: each loss also as a mean over embeddings cut to fewer dimensions;
-- a batch that several processes share gives each the loss of the whole and the exact gradient of its own rows.
+- GCL's denominator is the paper's: it leaves out the anchor itself, and keeps the anchor's second positive. The loss is
+  at least log 2.
+- Denominator, intra-modality negatives, weights of the directions, and false negatives can be set independently.
+- Logits and log-sum-exps are float32 for half-precision embeddings and under autocast, and float64 for float64.
+- Memory is O(N·D), forward and backward: `logsumexp` computes the logits tile by tile and never stores them all.
+- Matryoshka: each loss can be averaged over embeddings cut to fewer dimensions.
+- Several processes can share a batch. Each gets the loss of the whole batch and the exact gradient of its own rows.
 """
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -18,80 +20,83 @@ from .matryoshka import SMALLEST_NORM, cuts_and_shares
 from .modalities import CROSS_DIRECTIONS, FEATURES, MODALITIES, parse_direction
 
 DENOMINATORS = ("all", "without_other_positive", "target")
-NORM_TOLERANCE = 0.01  # accepts unit rows rounded to bfloat16, also once they are cast up again (0.4 % at most)
+NORM_TOLERANCE = 0.01  # rounding unit rows to bfloat16 changes their norm by 0.4 % at most
+
+# the scalar loss, or with return_terms a tuple of it and the terms by name
+LossResult = torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
 class NonFiniteError(FloatingPointError, ValueError):
-    """Embeddings or the scale hold NaN or infinity."""
+    """The embeddings or `logit_scale` contain NaN or infinity."""
 
 
 def gcl_loss(
-    image_embeds,
-    text_embeds,
-    fused_embeds,
-    logit_scale,
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    fused_embeds: torch.Tensor,
+    logit_scale: torch.Tensor | float,
     *,
-    ids=None,
-    caption_ids=None,
-    denominator="all",
-    intra_modality=True,
-    direction_weights=None,
-    matryoshka_dims=None,
-    matryoshka_weights=None,
-    return_terms=False,
-    bf16=False,
-    cache_bytes=0,
-    processes=None,
-):
+    ids: torch.Tensor | None = None,
+    caption_ids: torch.Tensor | None = None,
+    denominator: str = "all",
+    intra_modality: bool = True,
+    direction_weights: Mapping[str, float] | None = None,
+    matryoshka_dims: Sequence[int] | None = None,
+    matryoshka_weights: Sequence[float] | None = None,
+    return_terms: bool = False,
+    bf16: bool = False,
+    cache_bytes: int = 0,
+    processes: OneProcess | None = None,
+) -> LossResult:
     r"""
-    Generalized contrastive loss: six directions a→b between image, text and fused embeddings, each contrasted against
-    every embedding of the batch in every modality:
+    Generalized contrastive loss. It is the mean of six terms, one for each direction a→b between image, text and fused
+    embeddings. Each term contrasts a pair's two embeddings with all embeddings of the batch, in every modality:
 
         L = -1/(6N) Σ_j Σ_{a≠b} log exp(s e_a^j·e_b^j) / Σ_{(m,k)≠(a,j)} exp(s e_a^j·e_m^k),   s = logit_scale = 1/τ
 
-    With the defaults this equals SupCon's L_out (Khosla et al., 2020) over the 3N embeddings with the pair as label.
+    With the defaults, this equals SupCon's L_out (Khosla et al., 2020) over the 3N embeddings, labelled by pair.
 
     Args:
-        image_embeds, text_embeds, fused_embeds (`torch.Tensor` of shape `(N, D)`): unit-norm embeddings, row j of each
-            from pair j; float16, bfloat16, float32 or float64, all alike.
+        image_embeds, text_embeds, fused_embeds (`torch.Tensor` of shape `(N, D)`): unit-norm embeddings. Row j of each
+            belongs to pair j. The dtype may be float16, bfloat16, float32 or float64.
         logit_scale (`torch.Tensor` scalar or `float`): 1/τ, positive (not its logarithm).
         ids (`torch.LongTensor` of shape `(N,)`, *optional*): pairs with equal ids are not each other's negatives.
-        caption_ids (`torch.LongTensor` of shape `(N,)`, *optional*): likewise for equal captions.
-        denominator (`str`): `"all"` (the paper): every other embedding. `"without_other_positive"`: leaves out the
-            anchor's third view (k=j, m∉{a,b}). `"target"`: only the target's modality (UNITE's masked variant).
-        intra_modality (`bool`): whether embeddings of the anchor's own modality are negatives (the paper: yes).
-            Without effect for `denominator="target"`.
-        direction_weights (`dict[str, float]`, *optional*): weight of each of the six directions `"i→t"`, ...; those
-            not named weigh 1. The loss is the weighted mean of the terms.
-        matryoshka_dims (sequence of `int`, *optional*): the loss is the weighted mean of the losses of the embeddings
-            cut to their first d entries and normalised again, for each d of these and for D, which is added where it is
-            missing (Kusupati et al., arXiv 2205.13147).
-        matryoshka_weights (sequence of `float`, *optional*): one for each of `matryoshka_dims`, positive; by default 1,
-            as has a D that is added.
-        return_terms (`bool`): also return the six unweighted terms, detached.
-        bf16 (`bool`): the gradient's matrix products in bfloat16 (gradient within about 0.5 %; the loss is not
-            touched). Faster where the processor has bfloat16 arithmetic.
-        cache_bytes (`int`): memory for exponentiated logits kept for the backward pass, which otherwise computes them
-            again. 18 N² bytes hold all of them, 9 N² with `bf16`. Without effect with `matryoshka_dims`.
-        processes (*optional*): `training.distributed.Processes()`, or what else offers the methods of
-            `logsumexp.OneProcess`. Each process then passes its own n of the N pairs (not all need hold equally
-            many). The loss is that of the whole batch on every process. The gradient that each gets, of its rows and of
-            `logit_scale`, is such that *averaging* parameter gradients over processes, as DistributedDataParallel and
-            FSDP do, gives the gradient of the loss.
+        caption_ids (`torch.LongTensor` of shape `(N,)`, *optional*): pairs with equal caption ids are not, either.
+        denominator (`str`): which embeddings are in the denominator. `"all"` (the paper): all but the anchor.
+            `"without_other_positive"`: all but the anchor and its pair's embedding in the third modality (k=j,
+            m∉{a,b}). `"target"`: only those of the target's modality (UNITE's masked variant).
+        intra_modality (`bool`): whether the anchor's own modality is in the denominator (in the paper, it is). No
+            effect with `denominator="target"`.
+        direction_weights (`dict[str, float]`, *optional*): weights of the six directions, `"i→t"` (or `"i->t"`) and so
+            on. A direction that is not named has weight 1. The loss is the weighted mean of the terms.
+        matryoshka_dims (sequence of `int`, *optional*): average the loss over these dimensions and D: the embeddings
+            are cut to their first d entries and normalised again (Kusupati et al., arXiv 2205.13147).
+        matryoshka_weights (sequence of `float`, *optional*): positive weights of `matryoshka_dims`, 1 by default. If D
+            is not one of these dimensions, its weight is 1.
+        return_terms (`bool`): also return the six terms, unweighted and detached.
+        bf16 (`bool`): compute the matrix products of the gradient in bfloat16, which is faster on processors with
+            bfloat16 arithmetic. The gradient changes by about 0.5 %, the loss does not.
+        cache_bytes (`int`): memory for exponentiated logits that are kept for the backward pass, which otherwise
+            computes them again. All of them take 18 N² bytes, or 9 N² with `bf16`. No effect with `matryoshka_dims`.
+        processes (*optional*): shares the batch between processes. Pass `training.distributed.Processes()`, or another
+            object with the methods of `logsumexp.OneProcess`. Each process passes its own n of the N pairs (n may
+            differ) and gets the loss of the whole batch. The gradients are such that *averaging* parameter gradients
+            over the processes, as DistributedDataParallel and FSDP do, gives the gradient of the loss.
 
     Returns:
-        `torch.Tensor` scalar (float32, or float64 for float64 input); with `return_terms` a tuple of it and a
-        `dict[str, torch.Tensor]` from direction to scalar. With `matryoshka_dims` these are means over the dimensions,
-        and the dict also holds the loss at each, `"dim_64"` and so on.
+        `torch.Tensor` scalar (float32, or float64 for float64 input). With `return_terms`, a `tuple` of it and a
+        `dict[str, torch.Tensor]` from direction to scalar. With `matryoshka_dims`, these terms are means over the
+        dimensions, and the dict also has the loss of each dimension: `"dim_64"` and so on.
 
     Raises:
-        ValueError: embeddings of unequal shapes or devices, an empty batch, rows not of unit norm (within 1 %),
-            `logit_scale` not one positive number, unknown `denominator` or direction, ids that are not one per pair,
-            weights that are not finite, negative or all zero, dimensions that are not in 1..D or named twice, or rows
-            that are zero once cut. Of several processes all raise, naming the one at fault, also when their arguments
-            differ.
-        TypeError: embeddings or ids that are no tensors.
-        NonFiniteError: embeddings or `logit_scale` hold NaN or infinity; a `ValueError` and a `FloatingPointError`.
+        ValueError: the embeddings differ in shape or device, are empty, or don't have unit norm (within 1 %);
+            `logit_scale` is not one positive number; `denominator` or a direction is unknown; there is not one id per
+            pair; weights are not finite, negative or all zero; dimensions are outside 1..D or repeated; or a row is
+            zero once cut. If several processes share the batch, all raise an error that names the process at fault,
+            also if their arguments differ.
+        TypeError: embeddings or ids are not tensors.
+        NonFiniteError: embeddings or `logit_scale` contain NaN or infinity. It is a `ValueError` and a
+            `FloatingPointError`.
 
     Example:
         >>> e_i, e_t = (torch.nn.functional.normalize(torch.randn(8, 16), dim=-1) for _ in range(2))
@@ -113,23 +118,24 @@ def gcl_loss(
 
 
 def contrastive_loss(
-    image_embeds,
-    text_embeds,
-    logit_scale,
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor | float,
     *,
-    ids=None,
-    caption_ids=None,
-    matryoshka_dims=None,
-    matryoshka_weights=None,
-    return_terms=False,
-    bf16=False,
-    cache_bytes=0,
-    processes=None,
-):
+    ids: torch.Tensor | None = None,
+    caption_ids: torch.Tensor | None = None,
+    matryoshka_dims: Sequence[int] | None = None,
+    matryoshka_weights: Sequence[float] | None = None,
+    return_terms: bool = False,
+    bf16: bool = False,
+    cache_bytes: int = 0,
+    processes: OneProcess | None = None,
+) -> LossResult:
     r"""
-    Plain CL, CLIP's symmetric loss: the mean over i→t and t→i of the cross-entropy against the target modality.
+    Plain contrastive loss (CL), CLIP's symmetric loss: the mean of the cross-entropies of i→t and t→i, each over the
+    target modality. It is at least 0.
 
-    Arguments, result and errors as for [`gcl_loss`]; the floor is 0.
+    Arguments, result and errors as for [`gcl_loss`].
     """
     batch = _Batch(
         (image_embeds, text_embeds), logit_scale, ids, caption_ids, processes=processes,
@@ -141,35 +147,36 @@ def contrastive_loss(
 
 
 def alignclip_loss(
-    image_embeds,
-    text_embeds,
-    logit_scale,
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: torch.Tensor | float,
     *,
-    semantic_embeds=None,
-    separation_weight=0.5,
-    ids=None,
-    caption_ids=None,
-    matryoshka_dims=None,
-    matryoshka_weights=None,
-    return_terms=False,
-    bf16=False,
-    cache_bytes=0,
-    processes=None,
-):
+    semantic_embeds: torch.Tensor | None = None,
+    separation_weight: float = 0.5,
+    ids: torch.Tensor | None = None,
+    caption_ids: torch.Tensor | None = None,
+    matryoshka_dims: Sequence[int] | None = None,
+    matryoshka_weights: Sequence[float] | None = None,
+    return_terms: bool = False,
+    bf16: bool = False,
+    cache_bytes: int = 0,
+    processes: OneProcess | None = None,
+) -> LossResult:
     r"""
     CL plus AlignCLIP's intra-modality separation (arXiv 2406.17639, eq. 5-8, and the authors' code).
 
-    For X in {image, text}: separation_X is the cross-entropy, with the diagonal as target, of the logits
-    s·(X Xᵀ ∘ (1 − C) + diag(e_i^j·e_t^j)), where C holds the captions' semantic cosines: embeddings of one modality
-    repel each other unless their captions mean the same. Result: CL + separation_weight · mean(separation_i,
-    separation_t), which is half the authors' α=1, β=0.5 sum.
+    Embeddings of one modality repel each other, unless their captions mean the same. For X in {image, text},
+    separation_X is the cross-entropy of the logits s·(X Xᵀ ∘ (1 − C) + diag(e_i^j·e_t^j)) with the diagonal as target,
+    where C has the semantic cosines of the captions. The result is CL + separation_weight · mean(separation_i,
+    separation_t), which is half of the authors' sum with α=1, β=0.5.
 
     Args:
-        semantic_embeds (`torch.Tensor` of shape `(N, S)`, *optional*): caption embeddings of a semantic encoder, of any
-            norm but 0; the authors use a frozen sentence encoder. Default: the batch's own text embeddings, detached.
-            Never cut: at every dimension C is the same.
+        semantic_embeds (`torch.Tensor` of shape `(N, S)`, *optional*): caption embeddings from a semantic encoder, of
+            any norm but 0. The authors use a frozen sentence encoder. Default: `text_embeds`, detached. They are never
+            cut: C is the same for all of `matryoshka_dims`.
         separation_weight (`float`): weight of the separation.
-        Others, result and errors as for [`gcl_loss`].
+
+    The other arguments, the result and the errors are as for [`gcl_loss`].
     """
     if not (math.isfinite(separation_weight) and separation_weight >= 0):
         raise ValueError(f"separation_weight must be finite and not negative, got {separation_weight}")
@@ -187,8 +194,8 @@ def alignclip_loss(
 
 
 class _Batch:
-    """Checked embeddings of one batch, in full precision, and the loss terms that come of their log-sum-exps: each of
-    shape (K,), one for every dimension to which the embeddings are cut."""
+    """The checked embeddings of a batch, in full precision, and loss terms computed from their log-sum-exps. Each term
+    has the shape (K,): one value for each dimension to which the embeddings are cut."""
 
     def __init__(
         self, embeds, logit_scale, ids, caption_ids, processes=None, semantic=None, settings=None,
@@ -198,14 +205,14 @@ class _Batch:
         self.labels = {name: x for name, x in (("ids", ids), ("caption_ids", caption_ids)) if x is not None}
         self.processes, self.semantic, error = processes or OneProcess(), semantic, None
         try:
-            self._take({f"{FEATURES[m]}_embeds": x for m, x in zip(MODALITIES, embeds)}, logit_scale, *matryoshka)
-        except (ValueError, TypeError) as found:  # told to the other processes, which would wait for this one otherwise
+            self._set({f"{FEATURES[m]}_embeds": x for m, x in zip(MODALITIES, embeds)}, logit_scale, *matryoshka)
+        except (ValueError, TypeError) as found:  # the other processes must hear of it, or they would wait forever
             error = found
-        shared = None if error else self._shared(settings or {}, embeds)
-        self.sizes = self.processes.agree(len(self.embeds[0]) if shared else 0, shared, error)
+        common = None if error else self._common_settings(settings or {}, embeds)
+        self.sizes = self.processes.agree(len(self.embeds[0]) if common else 0, common, error)
 
-    def _shared(self, settings, embeds):
-        """What must be the same on all processes, else they would wait for each other or compute different losses."""
+    def _common_settings(self, settings, embeds):
+        """What must be equal on all processes, or they would wait for each other or compute different losses."""
         return settings | {
             "modalities": self.modalities,
             "embedding size": self.embeds[0].shape[1],
@@ -218,8 +225,8 @@ class _Batch:
             "half_ring": self.processes.half_ring,
         }
 
-    def _take(self, embeds, logit_scale, dims, weights):
-        """Check the arguments of this process and bring them to full precision."""
+    def _set(self, embeds, logit_scale, dims, weights):
+        """Check this process's arguments and convert them to full precision."""
         _check_shapes(embeds, self.labels)
         self.cuts = cuts_and_shares(dims, weights, embeds["image_embeds"].shape[1])
         dtype, full = working_dtypes(list(embeds.values()))
@@ -234,7 +241,7 @@ class _Batch:
             self.semantic = _unit_semantic(self.semantic, self.embeds[0])
 
     def contrast(self, own, bf16=False, cache_bytes=0):
-        """Compute the blocks between modalities and, if `own`, those within one."""
+        """Compute the log-sum-exps between modalities and, if `own`, those within each modality."""
         indices = range(len(self.embeds))
         self.negatives, self.cosines = block_logsumexp(
             self.embeds,
@@ -250,16 +257,17 @@ class _Batch:
         )
 
     def positive(self, a, b):
-        """(K, N) logits of each pair's two views."""
+        """(K, N) logits of each pair's embeddings in two modalities."""
         a, b = sorted((self.modalities.index(a), self.modalities.index(b)))
         return self.scale * self.cosines[:, a, b]
 
     def negative(self, a, m):
-        """(K, N) log-sum-exp of each anchor's negatives (k≠j) in modality m."""
+        """(K, N) log-sum-exps of each anchor's negatives (k≠j) in modality m."""
         return self.negatives[:, self.modalities.index(a), self.modalities.index(m)]
 
     def direction_term(self, direction, denominator, intra_modality):
-        """Mean over the pairs of -log p. The diagonal (self, positive, other positive) enters as the switches say."""
+        """Mean of -log p over the pairs. The log-sum-exps leave out the anchor's own pair; its embeddings are added
+        here, as `denominator` says."""
         anchor, target = direction.split("→")
         candidates = [target] if denominator == "target" else self.modalities
         others = [m for m in self.modalities if m != anchor] if denominator == "all" else [target]
@@ -268,14 +276,14 @@ class _Batch:
         return (torch.stack(parts).logsumexp(0) - self.positive(anchor, target)).mean(-1)
 
     def separation_term(self, name):
-        """Mean over the pairs of AlignCLIP's cross-entropy within one modality; needs `contrast` with `semantic`."""
+        """Mean over the pairs of AlignCLIP's cross-entropy within a modality. Needs `contrast` with `semantic`."""
         positive = self.positive("i", "t")
         return (torch.logaddexp(self.negative(name, name), positive) - positive).mean(-1)
 
     def mean_over_cuts(self, losses, terms, return_terms):
-        """The scalar loss, and what `gcl_loss` says of terms, from those of each dimension."""
+        """Average over the dimensions: the scalar loss and, if asked for, the terms that `gcl_loss` returns."""
         shares = losses.new_tensor(list(self.cuts.values()))
-        loss = (shares * losses).sum()  # no dot product: autocast would round it
+        loss = (shares * losses).sum()  # not a dot product, which autocast would round
         if not return_terms:
             return loss
         terms = {name: (shares * term.detach()).sum() for name, term in terms.items()}
@@ -285,7 +293,7 @@ class _Batch:
 
 
 def _unit_semantic(semantic, like):
-    """(N, S) unit rows for C, without gradient."""
+    """Normalise (N, S) semantic embeddings, without gradient."""
     if semantic.ndim != 2 or len(semantic) != len(like) or semantic.device != like.device:
         raise ValueError(
             f"semantic_embeds must be ({len(like)}, S) on {like.device}, one row per pair, got "
@@ -301,7 +309,7 @@ def _unit_semantic(semantic, like):
 
 
 def _checked_weights(weights):
-    """Weight of each direction; 1 for those not named."""
+    """The weights of all six directions; 1 for those that are not named."""
     weights = {parse_direction(name): weight for name, weight in (weights or {}).items()}
     unknown = set(weights) - set(CROSS_DIRECTIONS)
     if unknown:
@@ -331,7 +339,7 @@ def _check_shapes(embeds, labels):
 
 
 def _check_values(embeds, scale):
-    """One pass over the rows' norms and one transfer from the device; NaN and infinity show in the norm."""
+    """Check all values by the rows' norms, in which NaN and infinity show, with one transfer from the device."""
     norms = {name: _norms(x) for name, x in embeds.items()}
     worst = torch.stack([*((x - 1).abs().amax() for x in norms.values()), scale.detach()])
     *deviations, scale = worst.tolist()
@@ -355,7 +363,7 @@ def _check_values(embeds, scale):
 
 
 def _check_cuts(embeds, dims):
-    """Whether every row, cut to each of `dims`, can be normalised again."""
+    """Raise ValueError if a row is too small to be normalised again once cut to one of `dims`."""
     if not dims:
         return
     norms = {(name, d): _norms(x[:, :d]) for name, x in embeds.items() for d in dims}

@@ -1,38 +1,41 @@
-"""Matryoshka embeddings (Kusupati et al., arXiv 2205.13147): of use also when cut to their first d entries.
+"""Matryoshka embeddings (Kusupati et al., arXiv 2205.13147): they stay useful when cut to their first d entries.
 
-A cut embedding is normalised again. The whole embedding is one of the cuts, always, and is taken as it is.
+A cut embedding is normalised again. The full embedding is always one of the cuts, and is used unchanged.
 
-Products of K cuts are prefix sums over K parts of the entries, times the inverse norms of both sides; what an entry
-gets back, it gets from all cuts beyond it. So all K cost as many multiplications as the largest alone.
+The entries are divided into K parts, from each cut to the next. The dot products of the K cuts are the prefix sums of
+the parts' dot products, times the inverse norms of both sides. An entry's gradient is the sum over all cuts that
+contain it. So K cuts need as many multiplications as the full embedding alone.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
-# below, the direction of a cut embedding is rounding noise, and its gradient has a millionfold weight
+# An embedding with a smaller norm can't be normalised: its direction is rounding noise, and its gradient is multiplied
+# by a million.
 SMALLEST_NORM = 1e-6
 
 
-def cuts_and_shares(dims, weights, whole):
+def cuts_and_shares(dims: Sequence[int] | None, weights: Sequence[float] | None, whole: int) -> dict[int, float]:
     """
-    The dimensions to cut to, and each one's share of the loss.
+    The dimensions that embeddings are cut to, and the share of each in the loss.
 
     Args:
-        dims (sequence of `int`, *optional*): in any order; `whole` is added where it is missing.
-        weights (sequence of `float`, *optional*): one for each of `dims`, positive. By default, and for a `whole` that
-            is added, 1.
+        dims (sequence of `int`, *optional*): in any order. `whole` is added if it is missing.
+        weights (sequence of `float`, *optional*): positive weights of `dims`, 1 by default. An added `whole` has
+            weight 1.
         whole (`int`): D.
 
     Returns:
-        `dict[int, float]`: from the smallest to `whole`; the shares' sum is 1.
+        `dict[int, float]`: dimension → share, from the smallest dimension to `whole`. The shares sum to 1.
 
     Raises:
-        ValueError: dimensions that are not whole numbers from 1 to D or named twice, or weights that don't fit them.
+        ValueError: a dimension is not a whole number from 1 to D, or is repeated, or the weights don't fit.
     """
     if dims is None:
         if weights is not None:
-            raise ValueError("matryoshka_weights are for matryoshka_dims, which are not given")
+            raise ValueError("matryoshka_weights need matryoshka_dims, which are not given")
         return {whole: 1.0}
     dims = list(dims)
     for d in dims:
@@ -44,23 +47,25 @@ def cuts_and_shares(dims, weights, whole):
     if len(weights) != len(dims):
         raise ValueError(f"matryoshka_weights must be one for each of matryoshka_dims {dims}, got {weights}")
     if not all(math.isfinite(w) and w > 0 for w in weights):
-        raise ValueError(f"matryoshka_weights must be finite and positive, got {weights}: leave out dims of no weight")
+        raise ValueError(
+            f"matryoshka_weights must be finite and positive, got {weights}: leave out dims without weight"
+        )
     by_dim = {whole: 1.0} | dict(zip(dims, weights))
     return {d: by_dim[d] / sum(by_dim.values()) for d in sorted(by_dim)}
 
 
-def cut(x, d):
-    """(N, D) → (N, d) rows of unit norm; x itself where d is D."""
+def cut(x: torch.Tensor, d: int) -> torch.Tensor:
+    """(N, D) → (N, d) rows of unit norm. If d is D, x itself."""
     return x if d == x.shape[1] else torch.nn.functional.normalize(x[:, :d], dim=-1)
 
 
-def parts(dims):
-    """Slices of the entries between one cut and the next."""
+def parts(dims: Sequence[int]) -> list[slice]:
+    """The entries between each cut and the next, as slices."""
     return [slice(*bounds) for bounds in zip((0, *dims), dims)]
 
 
-def inverse_norms(x, dims):
-    """(K, N) 1/norm of the rows of `x`, cut to each of `dims`; of the whole, the last of them, 1."""
+def inverse_norms(x: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    """(K, N) 1/norm of the rows of `x`, cut to each of `dims`. For the last, D, it is 1."""
     inverses = x.new_ones(len(dims), len(x))
     if len(dims) > 1:
         squares = [torch.linalg.vector_norm(x[:, part], dim=-1).square() for part in parts(dims)[:-1]]
@@ -68,12 +73,12 @@ def inverse_norms(x, dims):
     return inverses
 
 
-def cosines(x, y, dims):
-    """(K, N) cosines of row j of `x` and row j of `y`, cut to each of `dims`."""
+def cosines(x: torch.Tensor, y: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+    """(K, N) cosines between row j of `x` and row j of `y`, cut to each of `dims`."""
     products = torch.stack([torch.linalg.vecdot(x[:, part], y[:, part]) for part in parts(dims)]).cumsum_(0)
     return products.mul_(inverse_norms(x, dims)).mul_(inverse_norms(y, dims))
 
 
-def sums_beyond(x):
-    """(K, ...): of each cut's values, the sums over it and all larger ones."""
+def sums_beyond(x: torch.Tensor) -> torch.Tensor:
+    """(K, ...) → for each cut, the sum over this cut and all larger ones."""
     return x.flip(0).cumsum(0).flip(0)

@@ -1,54 +1,63 @@
-"""Rows as users give them: what counts as an image, a video, a text or several, and how an image is read."""
+"""Rows as users give them: which values are images, videos and texts, and how images are read."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path, PurePath
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .video import VIDEO_SUFFIXES, load_video_frames
 
-KEYS = {  # misspelt key → the one that was meant
+MISSPELT_KEYS = {  # misspelt key → the right one
     "caption": "text", "captions": "text", "texts": "text", "images": "image", "videos": "video", "frames": "video",
     "instructions": "instruction",
 }  # fmt: skip
 
 
 class ImageError(ValueError):
-    """An image that is missing, corrupt or of a type that cannot be read."""
+    """An image is missing or damaged, or its type can't be read."""
 
 
 @dataclass
 class Row:
-    """One row: `text`, its instruction before it (or None), and either unread `images` or a `video` (or neither), which
-    is a path or a list of unread frames; `kind` is `"i"`, `"t"` or `"it"`: a video is embedded as its frames."""
+    """
+    A parsed row.
+
+    Args:
+        text (`str`, *optional*): the instruction and the text.
+        images (`list`): images, not yet read.
+        video (*optional*): a path, or a list of frames that are not yet read. A row has images or a video, not both.
+    """
 
     text: str | None = None
     images: list = field(default_factory=list)
     video: str | PurePath | list | None = None
 
     @property
-    def kind(self):
+    def kind(self) -> str:
+        """`"i"`, `"t"` or `"it"`. A video counts as an image, because its frames are embedded."""
         return ("i" if self.images or self.video is not None else "") + ("t" if self.text is not None else "")
 
 
-def parse_row(value, index):
+def parse_row(value: Any, index: int) -> Row:
     """
-    Normalise one user row.
+    Parse a row as a user gives it; see `GCLModel.encode`.
 
     Args:
-        value: a dict with any of `image` (one, or a list), `video` (a path, or a list of images that are its frames),
-            `text` and `instruction`; or a bare value: a `str` is a text; a `Path` with the suffix of a video is a
-            video; another `Path`, `bytes`, PIL image or array is an image. `None` and blank text count as absent. The
-            instruction goes before the text, with a space between, as in M-BEIR (UniIR, arXiv 2311.17136); with images
-            and no text it is the text, as in MMEB (arXiv 2410.05160).
-        index (`int`): position of the row, named in errors.
+        value: a `dict` with any of `image` (one or a list), `video` (a path, or a list of images, the frames), `text`
+            and `instruction`; or a bare value: a `str` is a text, a `Path` that ends like a video file is a video, and
+            another `Path`, `bytes`, a PIL image or an array is an image. None and blank text count as absent. The
+            instruction is put before the text, with a space, as in M-BEIR (UniIR, arXiv 2311.17136). If there are
+            images and no text, it is the text, as in MMEB (arXiv 2410.05160).
+        index (`int`): position of the row, for error messages.
 
     Raises:
-        ValueError: a row with nothing to embed (an instruction alone is none), with both image and video, with an empty
-            list, with a text or instruction that is not a `str` or holds half a surrogate pair, with a video of another
-            type, or with a key that looks like one of these and would be ignored.
+        ValueError: the row has nothing to embed (an instruction alone does not count), both an image and a video, an
+            empty list, a text or instruction that is not a `str` or contains half a surrogate pair, a video of another
+            type, or a misspelt key.
     """
     if isinstance(value, str):
         value = {"text": value}
@@ -56,13 +65,13 @@ def parse_row(value, index):
         value = {"video": value}
     elif not isinstance(value, dict) or set(value) == {"bytes", "path"}:
         value = {"image": value}
-    for key, meant in KEYS.items():
+    for key, meant in MISSPELT_KEYS.items():
         if key in value:
             raise ValueError(f"row {index} has the key {key!r}: call it {meant!r}")
     images, video = value.get("image"), value.get("video")
     text, instruction = (_text(value, key, index) for key in ("text", "instruction"))
     if images is not None and video is not None:
-        raise ValueError(f"row {index} has both an image and a video: give one of them")
+        raise ValueError(f"row {index} has both an image and a video: give only one of them")
     for key, several in (("images", images), ("frames", video)):
         if isinstance(several, (list, tuple)) and len(several) == 0:
             raise ValueError(f"row {index}: the list of {key} is empty; leave it out for a text-only row")
@@ -78,7 +87,7 @@ def parse_row(value, index):
     row = Row(text, list(images) if isinstance(images, (list, tuple)) else [images], video)
     if not row.kind:
         if instruction is not None:
-            raise ValueError(f"row {index} has an instruction and nothing it is for: give `image`, `video` or `text`")
+            raise ValueError(f"row {index} has an instruction and nothing else: give `image`, `video` or `text` too")
         raise ValueError(f"row {index} has neither an image nor a text: give at least one of `image`, `video`, `text`")
     if instruction is not None:
         row.text = instruction if text is None else f"{instruction} {text}"
@@ -86,30 +95,30 @@ def parse_row(value, index):
 
 
 def _text(value, key, index):
-    """The row's `key`, or None where it is absent or blank."""
+    """The value of `key`, or None if it is absent or blank."""
     text = value.get(key)
     if text is not None and not isinstance(text, str):
         raise ValueError(f"row {index}: {key} must be a str, got {type(text).__name__}")
     try:
         (text or "").encode()
-    except UnicodeEncodeError as error:  # a cut `\\ud83d\\ude00` of JSON leaves it; tokenizers stop at it
+    except UnicodeEncodeError as error:  # from a JSON escape `\\ud83d\\ude00` that was cut; tokenizers fail on it
         raise ValueError(f"row {index}: {key} holds {text[error.start]!r}, half a character; correct it") from error
     return text if text and text.strip() else None
 
 
-def load_images(row, num_frames):
+def load_images(row: Row, num_frames: int) -> Iterator[Image.Image]:
     """
-    Read the images of a row, one by one: its images, or the frames of its video; a text row has none.
+    Read the images of a row, or the frames of its video, one at a time.
 
     Args:
         row (`Row`): as `parse_row` returns it.
-        num_frames (`int`): how many frames of a video file; of a list of frames, all are read.
+        num_frames (`int`): number of frames to read from a video file. A list of frames is read in full.
 
     Yields:
-        PIL images, RGB.
+        RGB PIL images.
 
     Raises:
-        ImageError: as `load_image`, and which of several.
+        ImageError: as `load_image`. If there are several images, the message says which one.
         VideoError: as `load_video_frames`.
     """
     if isinstance(row.video, (str, PurePath)):
@@ -125,16 +134,16 @@ def load_images(row, num_frames):
             raise ImageError(f"{name} {n}: {error}") from error
 
 
-def load_image(value):
+def load_image(value: Any) -> Image.Image:
     """
-    Read an image as RGB, upright by its EXIF orientation.
+    Read an image, convert it to RGB, and turn it upright by its EXIF orientation.
 
     Args:
-        value: PIL image, path (`str` or `Path`), encoded `bytes`, `(H, W)` or `(H, W, 3 or 4)` uint8 array, or an
-            undecoded `datasets` image `{"bytes": ..., "path": ...}`.
+        value: a PIL image, a path (`str` or `Path`), encoded `bytes`, a uint8 array of shape `(H, W)`, `(H, W, 3)` or
+            `(H, W, 4)`, or an undecoded image of `datasets`, `{"bytes": ..., "path": ...}`.
 
     Raises:
-        ImageError: naming the file and what is wrong with it.
+        ImageError: the image can't be read. The message names the file and what is wrong.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
@@ -144,7 +153,7 @@ def load_image(value):
             image = value
         elif isinstance(value, (str, Path)):
             if str(value).startswith(("http://", "https://")):
-                raise ImageError(f"{name}: images are not downloaded; fetch it first and pass its path or bytes")
+                raise ImageError(f"{name}: images are not downloaded; download it first and pass its path or bytes")
             if name.lower().endswith(VIDEO_SUFFIXES):
                 raise ImageError(f"{name}: a video, not an image; give it as `video`")
             image = Image.open(value)
@@ -159,7 +168,7 @@ def load_image(value):
                 f"cannot read an image from {type(value).__name__}: pass a PIL image, path, bytes or array"
             )
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):  # convert() would clip: 65535 is white
+        if image.mode.startswith("I;16"):  # white is 65535; convert() would clip all values over 255
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ImageError(f"{name}: pixels are 32-bit numbers of unknown range; convert it to 8 bits")
@@ -168,7 +177,7 @@ def load_image(value):
         raise
     except FileNotFoundError as error:
         raise ImageError(f"{name}: no such file") from error
-    except UnidentifiedImageError as error:  # its message holds a memory address
-        raise ImageError(f"{name}: not a readable image (damaged, or of an unknown format)") from error
-    except Exception as error:  # decoders of damaged files raise RuntimeError, struct.error, AttributeError, ... too
+    except UnidentifiedImageError as error:  # its message contains a memory address
+        raise ImageError(f"{name}: not a readable image (damaged, or in an unknown format)") from error
+    except Exception as error:  # for damaged files, decoders raise RuntimeError, struct.error, AttributeError, ...
         raise ImageError(f"{name}: not a readable image ({error})") from error

@@ -1,56 +1,57 @@
-"""Configuration of VISTA (arXiv 2406.04292): a text encoder that reads an image's patches as tokens among its own."""
+"""Configuration of VISTA (arXiv 2406.04292): a text encoder that reads the patches of an image as tokens."""
 
 import math
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 POOLINGS = ("cls", "mean")
-# text towers and the ids that open and close their texts in every released checkpoint
+# text towers, and the ids of [CLS] and [SEP] in all their released checkpoints
 CLS_AND_SEP = {"bert": (101, 102), "xlm-roberta": (0, 2)}
-LOGIT_SCALE = math.log(50)  # of the paper's temperature, 0.02
+LOGIT_SCALE = math.log(50)  # the paper's temperature is 0.02
 
 
 class EVA02VisionConfig(PreTrainedConfig):
     r"""
-    The image tower of EVA02-CLIP (arXiv 2303.11331). The defaults are those of EVA02-CLIP-B-16.
+    Configuration of EVA02-CLIP's image tower (arXiv 2303.11331). The defaults are those of EVA02-CLIP-B-16.
 
     Args:
-        hidden_size, intermediate_size, num_hidden_layers, num_attention_heads (`int`): `intermediate_size` is the
-            width of SwiGLU's two branches.
-        image_size, patch_size (`int`): side of the square image and of its patches in pixels.
+        hidden_size, num_hidden_layers, num_attention_heads (`int`): size of the transformer.
+        intermediate_size (`int`): width of each of SwiGLU's two branches.
+        image_size, patch_size (`int`): side of the square image, and of its patches, in pixels.
         num_channels (`int`): colour channels.
-        rope_grid_size (`int`, defaults to 16): patches along a side in pre-training; rotary positions of other grids
-            are interpolated to this range.
+        rope_grid_size (`int`, defaults to 16): patches along a side in pre-training. The rotary positions of other
+            grids are interpolated to this range.
         layer_norm_eps (`float`, defaults to 1e-6).
-        patch_dropout (`float`, defaults to 0.0): share of patches left out at random in train mode. VISTA's own base
+        patch_dropout (`float`, defaults to 0.0): share of patches dropped at random in train mode. VISTA's own base
             configuration has 0.5.
         initializer_range (`float`, defaults to 0.02).
 
     Raises:
-        ValueError: sizes that don't divide, or a `patch_dropout` outside [0, 1).
+        ValueError: a size is not a multiple of another as it must be, or `patch_dropout` is outside [0, 1).
     """
 
     model_type = "eva02_clip_vision"
 
     def __init__(
         self,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        image_size=224,
-        patch_size=16,
-        num_channels=3,
-        rope_grid_size=16,
-        layer_norm_eps=1e-6,
-        patch_dropout=0.0,
-        initializer_range=0.02,
-        **kwargs,
-    ):
+        hidden_size: int = 768,
+        intermediate_size: int = 2048,
+        num_hidden_layers: int = 12,
+        num_attention_heads: int = 12,
+        image_size: int = 224,
+        patch_size: int = 16,
+        num_channels: int = 3,
+        rope_grid_size: int = 16,
+        layer_norm_eps: float = 1e-6,
+        patch_dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        **kwargs: Any,
+    ) -> None:
         if hidden_size % (4 * num_attention_heads):
             raise ValueError(
                 f"hidden_size={hidden_size} must be a multiple of 4 x num_attention_heads={num_attention_heads}: "
-                "rotary positions turn pairs of a head's channels, half of them by row and half by column"
+                "rotary positions rotate pairs of a head's channels, half of the pairs by row and half by column"
             )
         if image_size % patch_size:
             raise ValueError(f"image_size={image_size} must be a multiple of patch_size={patch_size}")
@@ -72,40 +73,42 @@ class EVA02VisionConfig(PreTrainedConfig):
 
 class VistaConfig(PreTrainedConfig):
     r"""
+    Configuration of a [`VistaModel`].
+
     Args:
         text_config (`PreTrainedConfig` or `dict`, *optional*): a BERT or XLM-RoBERTa. Defaults to BERT base.
-        vision_config (`PreTrainedConfig` or `dict`, *optional*): [`EVA02VisionConfig`] (the default), or any image
-            tower of transformers whose `last_hidden_state` holds tokens (ViT, CLIP, SigLIP, ...) or a feature map
-            (EfficientNet, ConvNeXt, ...).
-        pooling (`str`, defaults to `"cls"`): the embedding is the last hidden state of `[CLS]`, or the `"mean"` of
-            all real tokens, the visual ones included, for text towers that were trained so.
-        cls_token_id, sep_token_id (`int`, *optional*): the empty text of an image-only row. Default: those of
-            the released BERT and XLM-RoBERTa vocabularies. Not `bos_token_id` and `eos_token_id`, which Trainer
-            overwrites.
-        num_prefix_tokens (`int`, *optional*): tokens of the image tower's output that are no patches and are left
-            out, e.g. 1 for ViT's `[CLS]`. Defaults to 1 for EVA02 and 0 for any other.
-        logit_scale_init_value (`float`, defaults to ln 50): log of 1/τ at the start.
+        vision_config (`PreTrainedConfig` or `dict`, *optional*): an [`EVA02VisionConfig`] (the default), or any image
+            tower of transformers whose `last_hidden_state` is a sequence of tokens (ViT, CLIP, SigLIP, ...) or a
+            feature map (EfficientNet, ConvNeXt, ...).
+        pooling (`str`, defaults to `"cls"`): `"cls"` uses the last hidden state of `[CLS]` as the embedding. `"mean"`
+            averages those of all tokens, visual ones included, for text towers that were trained this way.
+        cls_token_id, sep_token_id (`int`, *optional*): the two tokens of the empty text, which is read with an image
+            alone. Default: those of the released BERT and XLM-RoBERTa vocabularies. (They are not called `bos_token_id`
+            and `eos_token_id`, because Trainer overwrites those.)
+        num_prefix_tokens (`int`, *optional*): number of tokens that precede the patches in the image tower's output and
+            are left out, for example 1 for ViT's `[CLS]`. Defaults to 1 for EVA02 and 0 for other towers.
+        logit_scale_init_value (`float`, defaults to ln 50): initial value of log(1/τ).
 
     Raises:
-        ValueError: a text tower of another kind, an unknown `pooling` or image tower, or token ids outside the
-            vocabulary.
+        ValueError: the text tower is of another kind, `pooling` or the image tower is unknown, or a token id is outside
+            the vocabulary.
     """
 
     model_type = "vista"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
-    has_no_defaults_at_init = True  # writes both towers' configurations whole, as GCLConfig does
+    has_no_defaults_at_init = True  # save both towers' configurations in full, as GCLConfig does
 
     def __init__(
         self,
-        text_config=None,
-        vision_config=None,
-        pooling="cls",
-        cls_token_id=None,
-        sep_token_id=None,
-        num_prefix_tokens=None,
-        logit_scale_init_value=LOGIT_SCALE,
-        **kwargs,
-    ):
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        vision_config: PreTrainedConfig | dict[str, Any] | None = None,
+        pooling: str = "cls",
+        cls_token_id: int | None = None,
+        sep_token_id: int | None = None,
+        num_prefix_tokens: int | None = None,
+        logit_scale_init_value: float = LOGIT_SCALE,
+        **kwargs: Any,
+    ) -> None:
         text_config = tower_config({"model_type": "bert"} if text_config is None else text_config)
         vision_config = EVA02VisionConfig() if vision_config is None else tower_config(vision_config)
         if text_config.model_type not in CLS_AND_SEP:
@@ -132,19 +135,19 @@ class VistaConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     @property
-    def projection_dim(self):
-        """Dimension D of every embedding: the text tower's width."""
+    def projection_dim(self) -> int:
+        """Dimension D of every embedding: the width of the text tower."""
         return self.text_config.hidden_size
 
     @property
-    def vision_width(self):
+    def vision_width(self) -> int:
         """Channels of the image tower's tokens or feature map.
 
         Raises:
-            ValueError: its configuration states none.
+            ValueError: the tower's configuration does not state them.
         """
         config = self.vision_config
-        # EfficientNet says hidden_dim; ConvNeXt, ResNet and others list the widths of their stages
+        # EfficientNet has hidden_dim; ConvNeXt, ResNet and others list the widths of their stages
         stages = getattr(config, "hidden_sizes", None) or [getattr(config, "hidden_dim", None)]
         width = getattr(config, "hidden_size", None) or stages[-1]
         if not width:
@@ -152,8 +155,8 @@ class VistaConfig(PreTrainedConfig):
         return width
 
 
-def tower_config(config):
-    """A tower's configuration from its `dict` with `model_type`; a configuration is returned as it is."""
+def tower_config(config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
+    """Build a tower's configuration from a `dict` with `model_type`. A configuration is returned unchanged."""
     if not isinstance(config, dict):
         return config
     config = dict(config)

@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
-# Composed retrieval and mixed pools on real data: Flickr8k's test pairs and products with "the same in blue instead of
-# pink" queries, in M-BEIR's layout and with one global pool of images, texts and fused rows. The checkpoints are those
-# of runs/flickr8k.sh and runs/flickr8k_vista.sh with seed 0, which run before. What exists is not repeated.
-# Usage: runs/composed.sh
+# Composed retrieval and mixed pools on real data, with the checkpoints of Flickr8k.
+#
+#   runs/composed.sh
+#
+# Two data sets in M-BEIR's layout share one global pool of images, texts and fused rows: Flickr8k's test pairs, and
+# products with queries such as "the same in blue instead of pink". The checkpoints are those of runs/flickr8k.sh and
+# runs/flickr8k_vista.sh with seed 0, which must have run before. The script writes results/composed. A measurement whose
+# results.json exists is not repeated.
 set -euo pipefail
 root=build/composed
 train=data/flickr8k_train_6000_160q85.parquet
+
+# --- data
 [ -e $root/query/test/mbeir_flickr8k_task0_test.jsonl ] ||
   gcl convert mbeir data/flickr8k_test_1000_224q85.parquet $root --name flickr8k --dataset-id 10
 [ -e $root/query/test/mbeir_fashion_task7_test.jsonl ] ||
@@ -20,24 +26,22 @@ measure() {
   cp "$out/results.json" "results/composed/runs/$1.json"
 }
 
-declare -A fusions=([flickr8k]="sum" [flickr8k_vista]="sum normalized_sum") # those that are not the checkpoint's own
+# --- stage 1 as it is, centred and with other fusions; then CL and GCL
+declare -A fusions=([flickr8k]="sum" [flickr8k_vista]="sum normalized_sum") # other than the checkpoint's own
 for experiment in flickr8k flickr8k_vista; do
   stage1=outputs/$experiment/stage1/model
+  columns=()
   measure "$experiment-stage1" $stage1
-  for loss in cl gcl; do
-    measure "$experiment-$loss" "outputs/$experiment/$loss-seed0/model"
-  done
+  columns+=("stage 1 (CL)=outputs/composed/$experiment-stage1")
   measure "$experiment-stage1-centring" $stage1 --variant centring --centre-on $train
+  columns+=("centring=outputs/composed/$experiment-stage1-centring")
   for fusion in ${fusions[$experiment]}; do
     measure "$experiment-stage1-$fusion" $stage1 --variant "$fusion"
+    columns+=("$fusion=outputs/composed/$experiment-stage1-$fusion")
   done
-  results=(
-    "stage 1 (CL)=outputs/composed/$experiment-stage1"
-    "centring=outputs/composed/$experiment-stage1-centring"
-  )
-  for fusion in ${fusions[$experiment]}; do
-    results+=("$fusion=outputs/composed/$experiment-stage1-$fusion")
+  for loss in cl gcl; do
+    measure "$experiment-$loss" "outputs/$experiment/$loss-seed0/model"
+    columns+=("${loss^^}=outputs/composed/$experiment-$loss")
   done
-  results+=("CL=outputs/composed/$experiment-cl" "GCL=outputs/composed/$experiment-gcl")
-  gcl evaluate compare "${results[@]}" --out "results/composed/$experiment"
+  gcl evaluate compare "${columns[@]}" --out "results/composed/$experiment"
 done

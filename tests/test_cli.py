@@ -1,7 +1,10 @@
 """The gcl command, through its console script's main."""
 
 import json
+import logging
+import re
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -30,6 +33,46 @@ def model_folder(tmp_path):
     GCLModel.from_encoder(tiny_encoder("clip")).save_pretrained(tmp_path / "model")
     tiny_processor("clip").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+def test_the_version_is_printed(monkeypatch, capsys):
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"gcl {version('universal-gcl')}\n"
+
+
+def test_train_is_a_command(recipe, tmp_path, monkeypatch, capsys):
+    """Without a launcher; the record and the card name what was typed."""
+    options = ["--max_steps", "2", "--eval_on_start=false", "--data.train.0.limit", "20", "--logging_steps", "1"]
+    assert run(monkeypatch, "train", recipe, *options) == 0
+    model = tmp_path / "out" / "model"
+    typed = f"gcl train {recipe} {' '.join(options)}"
+    assert json.loads((model / "results.json").read_text())["command"] == typed
+    assert f"\n{typed}\n" in (model / "README.md").read_text()
+    printed = capsys.readouterr()
+    assert "step 2/2" in printed.out and "\nDone in " in printed.out
+    for noise in ("Loading weights", "Writing model shards", "Map:", "Generating", "PAD/BOS/EOS", "gemm_4bit"):
+        assert noise not in printed.err
+    monkeypatch.setattr(logging.getLogger("transformers.trainer_utils"), "filters", [])
+
+
+def test_the_keys_of_a_recipe_are_the_help_of_train(monkeypatch, capsys):
+    assert run(monkeypatch, "train", "--help") == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: gcl train RECIPE") and "--training.learning_rate " in printed
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "no recipe given"),
+        (("quickstrat",), "quickstrat: no such recipe.*finetune.*lcs558k/clip.*Did you mean quickstart"),
+        (("finetune", "--learning_rat", "1"), "did you mean --learning_rate"),
+        (("finetune", "--encoder", "build/none"), "there is no folder build/none in .*make the folder first"),
+    ],
+)
+def test_train_says_what_is_wrong(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert re.match(f"error: .*{message}", run(monkeypatch, "train", *arguments), re.DOTALL)
 
 
 def test_evaluate_pairs_writes_what_it_prints(model_folder, tmp_path, monkeypatch, capsys):
@@ -133,7 +176,10 @@ def test_summary_of_seeds(model_folder, tmp_path, monkeypatch, capsys):
         (["evaluate", "pairs", "model", "nowhere/at/all"], "nowhere/at/all"),
         (["convert", "towers", "out", "--image-size", "50"], "multiple of 32"),
         (["evaluate", "mmeb", "model", "--root", ".", "--out", "out", "--subsets", ", "], "', ' names nothing"),
-        (["evaluate", "mixbench", "model", "--root", ".", "--out", "out", "--subsets", "../x"], "'../x' is no subset"),
+        (
+            ["evaluate", "mixbench", "model", "--root", ".", "--out", "out", "--subsets", "../x"],
+            "'../x' is not a subset",
+        ),
     ],
 )
 def test_errors_are_one_line(arguments, message, monkeypatch):

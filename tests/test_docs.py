@@ -17,10 +17,18 @@ from pathlib import Path
 import datasets
 import pytest
 from accelerate.commands.launch import launch_command_parser
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from typer.main import get_command
 
 from tests.support import doc_pages
-from tests.support.backbones import random_image, tiny_model, tiny_processor
+from tests.support.backbones import (
+    IMAGE_SIZE,
+    random_image,
+    tiny_encoder,
+    tiny_model,
+    tiny_processor,
+    word_tokenizer,
+)
 from tests.support.doc_pages import PAGES, ROOT, blocks, broken_links, lost_code
 from tests.support.training_runs import write_parquet
 from universal_gcl import cli, train
@@ -47,13 +55,13 @@ ONLY_PARSED = {
     "gcl card outputs/my_model": "results of a benchmark; tests/publishing/test_card_benchmarks.py",
     "gcl push": "needs a Hub; tests/publishing/test_push.py",
     "accelerate launch": "a training takes seconds: those of TRAINED run, the recipes and options of others are parsed",
+    "gcl train": "likewise",
 }
 # commands that train, by page
 TRAINED = {
     "docs/fine-tune.md": (
-        "accelerate launch train.py hub_configs/finetune.yaml --train my_photos --eval my_other_photos",
-        "accelerate launch train.py hub_configs/finetune.yaml --train my_photos --peft.r 16 --learning_rate 1e-3 "
-        "--output_dir outputs/lora",
+        "gcl train finetune --train my_photos --eval my_other_photos",
+        "gcl train finetune --train my_photos --peft.r 16 --learning_rate 1e-3 --output_dir outputs/lora",
     )
 }
 # programs that are not ours, and why they don't run here
@@ -70,6 +78,12 @@ def stand_ins(tmp_path_factory, clip_folder):
     """A folder with all that pages name, in small."""
     folder = tmp_path_factory.mktemp("stand-ins")
     shutil.copytree(clip_folder, folder / "openai/clip-vit-base-patch32")
+    towers = tiny_encoder("vision-text-dual-encoder")
+    towers.vision_model.save_pretrained(folder / "google/vit-base-patch16-224")
+    side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    ViTImageProcessorPil(size=side).save_pretrained(folder / "google/vit-base-patch16-224")
+    towers.text_model.save_pretrained(folder / "google-bert/bert-base-uncased")
+    word_tokenizer().save_pretrained(folder / "google-bert/bert-base-uncased")
     for name in ("MODEL", "outputs/quickstart/model"):
         save_model_folder(folder / name, tiny_model("clip"), tiny_processor("clip"))
     for name, number in {"my_photos": 130, "my_other_photos": 12, "photos": 3}.items():
@@ -172,14 +186,18 @@ class Page:
             words = words[: words.index("…")]
         launched = launch_command_parser().parse_args(words[2:])
         assert launched.config_file is None or (ROOT / launched.config_file).is_file()
-        script = Path(launched.training_script).name
-        if launched.training_script_args or script == "gcl":
-            self.ours([script, *launched.training_script_args], trains=" ".join(words) in TRAINED.get(self.name, ()))
+        program = Path(launched.training_script).name
+        if launched.module:
+            program = {"universal_gcl": "gcl", "universal_gcl.train": "train.py"}[launched.training_script]
+        if launched.training_script_args or program == "gcl":
+            self.ours([program, *launched.training_script_args])
 
-    def ours(self, words, trains=False):
+    def ours(self, words):
         program, *arguments = words
+        if words[:2] == ["gcl", "train"]:
+            program, arguments = "train.py", words[2:]
         if program == "train.py":
-            if trains:
+            if " ".join(words) in TRAINED.get(self.name, ()):
                 return train.main(arguments)
             return parse_recipe([*arguments, "--use_cpu", "--bf16", "false"])
         check_options(arguments)

@@ -14,21 +14,21 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "recipes.md"
 MARKED = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
 TABLES = ("mbeir_global", "mbeir_local", "mmeb", "covr", "ablation", "tinyclip")
-# what is trained, its recipe, and its columns in the paper's tables
+# what is trained, its recipe and options, and its columns in the paper's tables
 ROWS = (
-    ("VISTA, pretrained (stage 1)", None, ("VISTA_pretrained", "VISTA_pre")),
-    ("VISTA, CL+Triplet (stage 2)", None, ("VISTA_CL+Triplet",)),
-    ("VISTA, CL", "vista_cl", ("VISTA_CL+Pairwise", "VISTA_CL")),
-    ("VISTA, CL with AlignCLIP's separation", "vista_alignclip", ("CL+intra-modality-sep",)),
-    ("VISTA, GCL", "vista_gcl", ("VISTA_GCL+Pairwise", "VISTA_GCL")),
-    ("CLIP ViT-L/14, pretrained", None, ("CLIP-SF_pretrained", "CLIP-SF_pre")),
-    ("CLIP ViT-L/14, CL", "clip_cl", ("CLIP-SF_CL+Pairwise", "CLIP-SF_CL")),
-    ("CLIP ViT-L/14, CL with AlignCLIP's separation", "clip_alignclip", ()),
-    ("CLIP ViT-L/14, GCL", "clip_gcl", ("CLIP-SF_GCL+Pairwise", "CLIP-SF_GCL")),
-    ("TinyCLIP, pretrained", None, ("TinyCLIP-SF",)),
-    ("TinyCLIP, CL", "tinyclip_cl", ()),
-    ("TinyCLIP, CL with AlignCLIP's separation", "tinyclip_alignclip", ()),
-    ("TinyCLIP, GCL", "tinyclip_gcl", ("TinyCLIP-SF+GCL",)),
+    ("VISTA, pretrained (stage 1)", None, "", ("VISTA_pretrained", "VISTA_pre")),
+    ("VISTA, CL+Triplet (stage 2)", None, "", ("VISTA_CL+Triplet",)),
+    ("VISTA, CL", "vista", "--loss cl", ("VISTA_CL+Pairwise", "VISTA_CL")),
+    ("VISTA, CL with AlignCLIP's separation", "vista", "--loss alignclip", ("CL+intra-modality-sep",)),
+    ("VISTA, GCL", "vista", "", ("VISTA_GCL+Pairwise", "VISTA_GCL")),
+    ("CLIP ViT-L/14, pretrained", None, "", ("CLIP-SF_pretrained", "CLIP-SF_pre")),
+    ("CLIP ViT-L/14, CL", "clip", "--loss cl", ("CLIP-SF_CL+Pairwise", "CLIP-SF_CL")),
+    ("CLIP ViT-L/14, CL with AlignCLIP's separation", "clip", "--loss alignclip", ()),
+    ("CLIP ViT-L/14, GCL", "clip", "", ("CLIP-SF_GCL+Pairwise", "CLIP-SF_GCL")),
+    ("TinyCLIP, pretrained", None, "", ("TinyCLIP-SF",)),
+    ("TinyCLIP, CL", "tinyclip", "--loss cl", ()),
+    ("TinyCLIP, CL with AlignCLIP's separation", "tinyclip", "--loss alignclip", ()),
+    ("TinyCLIP, GCL", "tinyclip", "", ("TinyCLIP-SF+GCL",)),
 )
 ABLATIONS = (  # column of table 5, options
     ("GCL w/o Li2t,Lt2i", '--direction_weights "{i->t: 0, t->i: 0}"'),
@@ -51,9 +51,10 @@ def figure(name, columns):
 
 def recipes_markdown():
     lines = [
-        "|  | recipe | M-BEIR global | M-BEIR local | MMEB | CoVR R@1 |\n| --- | --- | ---: | ---: | ---: | ---: |\n"
+        "|  | recipe and options | M-BEIR global | M-BEIR local | MMEB | CoVR R@1 |\n",
+        "| --- | --- | ---: | ---: | ---: | ---: |\n",
     ]
-    for label, recipe, columns in ROWS:
+    for label, recipe, options, columns in ROWS:
         found = {name: figure(name, columns) for name in TABLES}
         pools = next(
             (found[name] for name in ("mbeir_global", "ablation", "tinyclip") if found[name] is not None), None
@@ -61,6 +62,7 @@ def recipes_markdown():
         cells = [(pools, 2), (found["mbeir_local"], 2), (found["mmeb"], 1), (found["covr"], 2)]
         shown = ["–" if value is None else f"{value:.{digits}f}" for value, digits in cells]
         name = "–" if recipe is None else f"[{recipe}.yaml](../hub_configs/lcs558k/{recipe}.yaml)"
+        name += f" `{options}`" if options else ""
         lines.append(f"| {' | '.join([label, name, *shown])} |\n")
     return "".join(lines)
 
@@ -88,9 +90,9 @@ def test_the_page_shows_the_papers_figures():
 def test_what_is_said_of_cl_on_clip_is_in_the_papers_table():
     columns, rows = paper_table("mbeir_local")
     page = PAGE.read_text(encoding="utf-8").replace("\n ", "")
-    for task in ("WebQA t>t", "CIRR it>i"):
+    for task in ("WebQA t→t", "CIRR it→i"):
         before, after = (rows[task][columns.index(f"CLIP-SF_{name}")] for name in ("pretrained", "CL+Pairwise"))
-        assert f"{task.replace('>', '→')} {before:.2f} → {after:.2f}" in page
+        assert f"{task} {before:.2f} → {after:.2f}" in page
 
 
 def test_averages_are_the_papers_own():
@@ -105,28 +107,33 @@ def test_averages_are_the_papers_own():
 
 
 def test_every_recipe_has_its_row():
-    assert {name for _, name, _ in ROWS if name} == {path.stem for path in (ROOT / "hub_configs/lcs558k").iterdir()}
+    recipes = {path.stem for path in (ROOT / "hub_configs/lcs558k").iterdir()}
+    assert {name for _, name, _, _ in ROWS if name} == recipes
     page = PAGE.read_text(encoding="utf-8")
-    for path in (ROOT / "hub_configs").glob("*.[ys]*"):
-        loss = path.stem.removeprefix("flickr8k_")
-        assert path.name in page or loss in re.search(r"flickr8k_\{(.*?)\}\.yaml", page)[1].split(","), path.name
+    for path in [*(ROOT / "hub_configs").glob("*.yaml"), *(ROOT / "runs").glob("*.sh")]:
+        assert f"`{path.name}`" in page, path.name
 
 
 def test_commands_parse(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     page = PAGE.read_text(encoding="utf-8")
     commands = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
-    runs = [shlex.split(line.partition("train.py ")[2]) for line in commands if "train.py " in line]
+    runs = [shlex.split(re.split("train.py |gcl train ", line)[1]) for line in commands if is_training(line)]
     assert len(runs) >= 5
-    others = [*(options for _, options in ABLATIONS), *re.findall(r"`(--[a-z_.0-9]+ [a-z_0-9]+)`", page)]
+    others = [*(options for _, options in ABLATIONS), *(options for _, _, options, _ in ROWS)]
+    others += re.findall(r"`(--[a-z_.0-9]+ [a-z_0-9]+)`", page)
     assert "--denominator without_other_positive" in others and "--peft.r 16" in others
-    runs += [["hub_configs/lcs558k/vista_gcl.yaml", *shlex.split(options)] for options in others]
+    runs += [["lcs558k/vista", *shlex.split(options)] for options in dict.fromkeys(others)]
     own = tmp_path / "own.yaml"
     own.write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
     for run in [*runs, [str(own)]]:
         training = parse_recipe([*run, "--use_cpu"]).training
         if "{i->t: 0, t->i: 0}" in run:
             assert training.direction_weights == {"i→t": 0, "t→i": 0}
+
+
+def is_training(command):
+    return "train.py " in command or command.startswith("gcl train ")
 
 
 if __name__ == "__main__":

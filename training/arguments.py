@@ -1,7 +1,6 @@
-"""What a recipe may say of model, data and LoRA: its `model:`, `data:` and `peft:` sections as dataclasses, checked on
-construction.
+"""The `model:`, `data:` and `peft:` sections of a recipe as dataclasses that check their values.
 
-The docstrings are the only description of the fields: `train.py --help` prints them (see `training.recipe`).
+The docstrings are the only description of the fields. `gcl train --help` prints them (see `training.recipe`).
 """
 
 import re
@@ -21,32 +20,33 @@ class ModelArguments:
         > Model
 
         encoder (`str`):
-            Hub id or folder of a dual encoder of transformers (CLIP, SigLIP, VisionTextDualEncoder, ...) or of a GCL
-            checkpoint.
+            Hub id or folder of a GCL checkpoint, or of a dual encoder that transformers knows (CLIP, SigLIP,
+            VisionTextDualEncoder, ...).
         revision (`str`, *optional*):
             Branch, tag or commit of `encoder` on the Hub. Pin a commit to make a run repeatable.
         fusion (`str`, *optional*):
-            How image and text features make fused ones: `"sum"` of the raw features (the paper's),
-            `"normalized_sum"`, the same two with learned gates that begin at 1 (`"gated_sum"`,
-            `"gated_normalized_sum"`), or `"native"` for a backbone that fuses by itself (VISTA). By default what the
-            GCL checkpoint's config says; for a dual encoder the one of the two sums that suits the measured lengths of
-            its towers' features.
+            How the features of image and text are fused. `"sum"` adds the raw features, as in the paper.
+            `"normalized_sum"` first scales them to length 1. `"gated_sum"` and `"gated_normalized_sum"` add learned
+            gates, which start at 1. `"native"` is for a backbone that fuses by itself (VISTA). The default is the
+            fusion of the GCL checkpoint; for other dual encoders, one of the two sums is chosen from the towers'
+            feature norms.
         text_pooling (`str`, *optional*):
-            `"encoder"` keeps the text tower's own pooling, `"mean"` averages its token states. By default what the
-            checkpoint's config says.
-        freeze (`list[str]`, *optional*, defaults to `[]`):
-            Parts that are not trained: `image` or `text` (the tower and its projection: that modality's embeddings
-            stay exactly as they were), `image_tower` or `text_tower` (the tower alone, its projection is trained),
-            `fusion` (the gates), `logit_scale`. `[image, text]` with a gated fusion trains the gates alone. VISTA's
-            images and fused rows pass through its text tower: frozen, it still carries their gradient.
-        logit_scale_init (`float`, *optional*):
-            The value of 1/temperature that training starts from, e.g. 50 for a temperature of 0.02. By default the
+            `"encoder"` keeps the text tower's own pooling, `"mean"` averages its token states. The default is the
             checkpoint's.
+        freeze (`list[str]`, *optional*, defaults to `[]`):
+            Parts that are not trained. `image` or `text` freezes a tower and its projection, so that the embeddings of
+            that modality stay exactly as they were. `image_tower` or `text_tower` freezes only the tower. `fusion`
+            freezes the gates, `logit_scale` the temperature. `[image, text]` with a gated fusion trains only the gates.
+            In VISTA, images and fused rows pass through the text tower; if it is frozen, their gradient still flows
+            through it.
+        logit_scale_init (`float`, *optional*):
+            The value of 1/temperature that training starts from, e.g. 50 for a temperature of 0.02. The default is
+            the checkpoint's.
         max_logit_scale (`float`, *optional*):
-            A trained 1/temperature is clamped to this value. By default the checkpoint's own, which is 100 for a dual
-            encoder that is not a GCL checkpoint yet.
+            The largest value that 1/temperature may reach in training. The default is the checkpoint's, which is 100
+            for a dual encoder that is not a GCL checkpoint yet.
         licence (`str`, *optional*, defaults to `"other"`):
-            Licence of the trained weights for the model card, as the Hub spells it: `apache-2.0`, `cc-by-sa-4.0`, ...
+            Licence of the trained weights, for the model card. Use the Hub's spelling: `apache-2.0`, `cc-by-sa-4.0`.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -77,40 +77,40 @@ class ModelArguments:
             if self.max_logit_scale is not None and self.logit_scale_init > self.max_logit_scale:
                 raise ValueError(
                     f"model.logit_scale_init is {self.logit_scale_init}, over model.max_logit_scale "
-                    f"({self.max_logit_scale}): it is 1/temperature, e.g. 50 for a temperature of 0.02"
+                    f"({self.max_logit_scale}). It is 1/temperature: use e.g. 50 for a temperature of 0.02"
                 )
 
 
 @dataclass
 class DataArguments:
-    """Where pairs come from and what is done to them.
+    """The pairs to train and evaluate on, and how they are prepared.
 
     Args:
         > Data
 
         train (`list[SourceArguments]`):
-            The sources to train on; a single source or a bare path is accepted too. Several are concatenated, unless
-            `weight` or `mixing_alpha` says how to mix them.
+            The sources to train on. A single source or a path is accepted too. Several sources are concatenated,
+            unless `weight` or `mixing_alpha` says how to mix them.
         eval (`SourceArguments`, *optional*):
             The source for the nine-way evaluation during and after training.
         mixing_alpha (`float`, *optional*):
-            Draw a source of n pairs with probability proportional to n^alpha: 1 keeps the proportions, 0 makes all
-            sources equal. Weights of the sources win over it.
+            Draw from a source of n pairs with a probability proportional to n^alpha: 1 keeps the proportions, 0 draws
+            from all sources equally. If the sources have weights, those are used instead.
         max_broken_share (`float`, *optional*, defaults to 0.01):
-            Images that are missing or unreadable are skipped, counted and reported up to this share; more of them stop
-            the run with an error. Files that are missing (or lack their `.txt`) count when a source is loaded, as a
-            share of that source's pairs. Images that can't be decoded show in training and count, each once, as a share
-            of the training pairs of all sources together.
+            Missing and unreadable images are skipped, counted and reported. If their share exceeds this value, the run
+            stops with an error. Missing files (and images without their `.txt`) are found when a source is loaded, and
+            count as a share of its pairs. Images that can't be decoded are found in training. Each counts once, as a
+            share of the training pairs of all sources.
         crop_scale (`list[float]`, *optional*, defaults to `[0.9, 1.0]`):
-            Train on a random crop with this share of the image's area, at most 4/3 times wider or higher in shape than
-            the image. `null` turns it off.
+            Train on random crops whose share of the image's area is between these two. Their aspect ratio differs from
+            the image's by a factor of at most 4/3. `null` turns cropping off.
         horizontal_flip (`bool`, *optional*, defaults to `False`):
-            Mirror half of the training images. Off by default, since captions say "left" and "right".
+            Mirror half of the training images. This is off by default because captions say "left" and "right".
         max_text_length (`int`, *optional*):
-            Captions are cut to this number of tokens. It is stored in the processor that is saved with the model, so
-            that training and `encode` cut alike. By default the limit of the encoder's own processor or tokenizer.
+            Captions are cut to this number of tokens. The processor that is saved with the model stores the number, so
+            `encode` cuts texts as training did. The default is the limit of the encoder's processor or tokenizer.
         languages (`list[str]`, *optional*, defaults to `[]`):
-            Languages of the captions for the model card, ISO 639 codes: `[en]`.
+            Languages of the captions, for the model card, as ISO 639 codes: `[en]`.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -132,7 +132,7 @@ class DataArguments:
         if any(weighted) and not all(weighted):
             missing = ", ".join(source.path for source in self.train if source.weight is None)
             raise ValueError(
-                f"data.train: some sources have a weight, but not {missing}: give all of them one, or none"
+                f"data.train: some sources have a weight, but not {missing}. Give all of them one, or none"
             )
         if self.mixing_alpha is not None and not 0 <= self.mixing_alpha <= 1:
             raise ValueError(f"data.mixing_alpha is {self.mixing_alpha}: use a number from 0 (equal) to 1 (by size)")
@@ -151,8 +151,9 @@ class DataArguments:
 
 @dataclass
 class LoraArguments:
-    """Train low-rank adapters (LoRA, arXiv 2106.09685) in place of the weights. A recipe with a `peft:` section, empty
-    or not, does.
+    """Train low-rank adapters (LoRA, arXiv 2106.09685) instead of the weights.
+
+    A recipe with a `peft:` section trains adapters, even if the section is empty.
 
     Args:
         > LoRA
@@ -160,21 +161,21 @@ class LoraArguments:
         r (`int`, *optional*, defaults to 16):
             Rank of the adapters.
         lora_alpha (`float`, *optional*, defaults to 32):
-            Their output is scaled by `lora_alpha / r`, with `use_rslora` by `lora_alpha / sqrt(r)`.
+            The output of the adapters is scaled by `lora_alpha / r`, or by `lora_alpha / sqrt(r)` with `use_rslora`.
         lora_dropout (`float`, *optional*, defaults to 0.0):
-            Dropout before the adapters, in training.
+            Dropout on the input of the adapters in training.
         use_rslora (`bool`, *optional*, defaults to `False`):
             Rank-stabilised scaling (arXiv 2312.03732), for high ranks.
         use_dora (`bool`, *optional*, defaults to `False`):
-            Weight-decomposed adapters (DoRA, arXiv 2402.09353): a learned magnitude beside the direction; slower.
+            Weight-decomposed adapters (DoRA, arXiv 2402.09353), which learn magnitude and direction separately. Slower.
         load_in_4bit (`bool`, *optional*, defaults to `False`):
-            Hold the frozen weights in 4 bits, NF4, while training (QLoRA, arXiv 2305.14314), and compute in bfloat16.
-            For one GPU; needs bitsandbytes. What is saved is the adapter, and the float32 base with it merged.
+            Keep the frozen weights in 4 bits (NF4) during training and compute in bfloat16 (QLoRA, arXiv 2305.14314).
+            This needs one GPU and bitsandbytes. The adapter is saved, and the float32 base with the adapter merged.
         image_targets, text_targets (`str`, *optional*):
-            Regular expression for the layers of a tower and its projection that get an adapter, found anywhere in
-            their names, as in `q_proj|v_proj` or `layers\\.(10|11)\\.`. Linear layers and convolutions can have one.
-            By default all linear layers and the convolutions of 1 x 1. A frozen tower (`model.freeze`) gets none.
-            Temperature and learned gates are trained whole, unless frozen.
+            Regular expression that chooses the layers of a tower and its projection that get an adapter. It may match
+            any part of a layer's name: `q_proj|v_proj`, `layers\\.(10|11)\\.`. Linear layers and convolutions can
+            have an adapter. The default is all linear layers and all 1 x 1 convolutions. A tower that `model.freeze`
+            freezes gets none. Temperature and learned gates are trained directly, unless they are frozen.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
@@ -198,10 +199,12 @@ class LoraArguments:
             try:
                 re.compile(getattr(self, name) or "")
             except re.error as error:
-                raise ValueError(f"peft.{name}: {getattr(self, name)!r} is no regular expression: {error}") from error
+                raise ValueError(
+                    f"peft.{name}: {getattr(self, name)!r} is not a regular expression: {error}"
+                ) from error
 
 
-def one_of(name: str, value: object, allowed: tuple[str, ...]):
-    """Raise ValueError if `value` of the field `name` is not allowed."""
+def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError if the field `name` has a value that is not allowed."""
     if value not in allowed:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(allowed)}")

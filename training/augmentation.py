@@ -1,4 +1,4 @@
-"""Random crop and flip, before images are resized and normalised."""
+"""Random crop and flip, applied before images are resized and normalised."""
 
 from collections.abc import Sequence
 
@@ -15,23 +15,26 @@ def augment(
     crop_scale: Sequence[float] | None,
     horizontal_flip: bool,
 ) -> Image.Image | torch.Tensor:
-    """A randomly cropped and, if asked, mirrored view, as RandomResizedCrop draws it (log-uniform aspect ratio).
+    """A random crop of an image, mirrored half of the time if asked; the crop is drawn as RandomResizedCrop does.
 
-    The aspect ratio is drawn relative to the image's own and within what fits, so that no draw is rejected.
+    The aspect ratio is drawn log-uniformly, relative to the image's own and among those that fit, so no draw is
+    rejected.
 
     Args:
-        image: PIL image of any size and mode, or a tensor (H, W, C), whose crop is a view without a copy. The same
-            pixels give the same result in both forms.
-        rng: decides everything; five numbers are taken from it whatever the switches, so that a switch doesn't change
-            the other draws.
-        crop_scale: smallest and largest share of the area, None for no crop.
+        image: PIL image of any size and mode, or a tensor (H, W, C). The crop of a tensor is a view without a copy.
+            Both forms give the same pixels.
+        rng: every draw comes from it. Five numbers are drawn in any case, so that one switch doesn't change the draws
+            of the other.
+        crop_scale: smallest and largest share of the area; None for no crop.
         horizontal_flip: mirror with probability 1/2.
     """
     area, shape, place_x, place_y = rng.random(4)
     mirror = rng.random() < 0.5
-    is_tensor = isinstance(image, torch.Tensor)
     if crop_scale is not None:
-        image_height, image_width = image.shape[:2] if is_tensor else (image.height, image.width)
+        if isinstance(image, torch.Tensor):
+            image_height, image_width = image.shape[:2]
+        else:
+            image_height, image_width = image.height, image.width
         share = crop_scale[0] + (crop_scale[1] - crop_scale[0]) * area
         reach = min(np.log(LARGEST_RATIO), -np.log(share))
         ratio = np.exp((2 * shape - 1) * reach)
@@ -39,10 +42,12 @@ def augment(
         height = min(image_height, max(1, round(image_height * np.sqrt(share / ratio))))
         left = int(place_x * (image_width - width + 1))
         top = int(place_y * (image_height - height + 1))
-        if is_tensor:
+        if isinstance(image, torch.Tensor):
             image = image[top : top + height, left : left + width]
         else:
             image = image.crop((left, top, left + width, top + height))
     if horizontal_flip and mirror:
-        image = image.flip(1) if is_tensor else image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if isinstance(image, torch.Tensor):
+            return image.flip(1)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return image

@@ -1,6 +1,6 @@
-"""Pairs on their way to the model: mixing, one caption an epoch, decoding, augmentation and tokenising in workers.
+"""Training data: mixing of sources, one caption per epoch, decoding, augmentation and tokenising in workers.
 
-Everything random depends on (seed, epoch, index) alone: the same items come whatever the number of workers.
+Everything random depends only on (seed, epoch, index), so any number of workers produces the same items.
 
     dataset, reports = build_dataset(arguments.data, seed=arguments.training.seed)
     dataset.set_epoch(3)
@@ -9,10 +9,12 @@ Everything random depends on (seed, epoch, index) alone: the same items come wha
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from modeling_gcl import GCLProcessor
 from modeling_gcl.rows import load_image
 from universal_gcl.sources.checks import DataError, SourceReport
 from universal_gcl.sources.pairs import read_source
@@ -21,6 +23,7 @@ from universal_gcl.training.augmentation import augment
 from universal_gcl.training.decoding import decode_rgb
 from universal_gcl.training.mixing import draws_per_epoch, epoch_plan, mixing_shares
 from universal_gcl.training.preprocessing import TensorPreprocessing
+from universal_gcl.training.shipped import find_data
 
 MAX_BROKEN_IN_A_ROW = 100
 
@@ -28,22 +31,22 @@ MAX_BROKEN_IN_A_ROW = 100
 class PairDataset(torch.utils.data.Dataset):
     """Training items from one or several sources of pairs.
 
-    An epoch has as many items as the sources have pairs together. Without weights and alpha these are all pairs, item i
-    being the i-th. With them each source gives its share (`training.mixing.epoch_plan`), and a pair may come several
-    times or not at all in an epoch.
+    An epoch has as many items as all sources have pairs. Without weights and alpha, item i is the i-th pair. With them,
+    each source contributes its share (`training.mixing.epoch_plan`), and in one epoch a pair may appear several times
+    or not at all.
 
     Args:
         sources: each a `datasets.Dataset` or sequence of {"id", "image", "captions"}.
-        names: what to call the sources in messages.
-        weights: shares of the sources, relative to each other; they win over `mixing_alpha`.
-        mixing_alpha: shares proportional to size^alpha.
-        crop_scale, horizontal_flip: as in `DataArguments`.
-        seed: of the caption, the augmentation and the mixing.
-        preprocessing: resizes images here, to uint8 tensors for a `PairCollator` with the same; None leaves PIL images
-            to the collator's processor.
+        names: names of the sources in messages.
+        weights: shares of the sources, relative to each other. If given, `mixing_alpha` is not used.
+        mixing_alpha: makes the shares proportional to size^alpha.
+        crop_scale, horizontal_flip: see `DataArguments`.
+        seed: for the choice of captions, augmentation and mixing.
+        preprocessing: resizes the images to uint8 tensors here; give the `PairCollator` the same one. Without it, the
+            collator's processor gets PIL images.
 
     Raises:
-        DataError: for a source without pairs, or with a share too small to give one item an epoch.
+        DataError: a source has no pairs, or too small a share to contribute one item to an epoch.
     """
 
     def __init__(
@@ -74,10 +77,12 @@ class PairDataset(torch.utils.data.Dataset):
             self.draws = draws_per_epoch(mixing_shares(self.sizes, weights, mixing_alpha), sum(self.sizes))
             for name, draws in zip(self.names, self.draws):
                 if draws == 0:
-                    raise DataError(f"{name} would give no item to an epoch of {sum(self.sizes)}; raise its weight")
-        # shared memory: workers that persist from epoch to epoch see the change
+                    raise DataError(
+                        f"{name} would give no item to an epoch of {sum(self.sizes)} items. Raise its weight"
+                    )
+        # in shared memory, so that workers which persist from epoch to epoch see the change
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._plan = None
+        self._plan: tuple[int, np.ndarray, np.ndarray] | None = None  # epoch, sources, rows
 
     def __len__(self):
         return sum(self.sizes)
@@ -87,20 +92,23 @@ class PairDataset(torch.utils.data.Dataset):
         """The epoch that items are drawn for, from 0."""
         return int(self._epoch)
 
-    def set_epoch(self, epoch: int):
-        """Draw other captions, crops and (when mixing) pairs. To be called before each epoch's iterator is made."""
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that captions, crops and (when mixing) pairs are drawn for.
+
+        Call it before the iterator of an epoch is made.
+        """
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict:
-        """One item. An unreadable image is replaced by the next readable pair of its source.
+        """One item. If an image is unreadable, the next readable pair of its source takes its place.
 
         Returns:
-            {"image": PIL RGB (with `preprocessing`: what its `resize` returns), "text": str, "pair_id": str, "row": int
-            (in its source), "broken": list of str, one "source, pair id: what is wrong" for each image that could not
-            be read on the way}.
+            A dict: `image`, a PIL image in RGB, or with `preprocessing` what its `resize` returns; `text`; `pair_id`;
+            `row`, the row in its source; `broken`, a list with one "source, pair id: what is wrong" for each image that
+            could not be read.
 
         Raises:
-            DataError: when 100 images in a row can't be read.
+            DataError: 100 images in a row can't be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -118,15 +126,15 @@ class PairDataset(torch.utils.data.Dataset):
                 broken.append(f"{self.names[source]}, {pair['id']}: {error}")
             if len(broken) == min(MAX_BROKEN_IN_A_ROW, self.sizes[source]):
                 raise DataError(
-                    f"{len(broken)} images in a row can't be read, the first: {broken[0]}. Repair them or remove their "
-                    "pairs; data.max_broken_share allows for few among many"
+                    f"{len(broken)} images in a row can't be read. The first: {broken[0]}. Repair them or remove their "
+                    "pairs; data.max_broken_share is meant for a few among many"
                 )
             row = (row + 1) % self.sizes[source]
         text = pair["captions"][rng.integers(len(pair["captions"]))]
-        # ids are unique within a source only
+        # ids are unique only within a source
         pair_id = pair["id"] if len(self.sources) == 1 else f"{source}:{pair['id']}"
         image = augment(image, rng, self.crop_scale, self.horizontal_flip)
-        if self.preprocessing is not None:
+        if self.preprocessing is not None and isinstance(image, torch.Tensor):
             image = self.preprocessing.resize(image)
         return {"image": image, "text": text, "pair_id": pair_id, "row": row, "broken": broken}
 
@@ -135,9 +143,10 @@ class PairDataset(torch.utils.data.Dataset):
         if self.draws is None:
             source = int(np.searchsorted(self._ends, index, side="right"))
             return source, int(index - (self._ends[source] - self.sizes[source]))
-        if self._plan is None or self._plan[0] != epoch:
-            self._plan = (epoch, *epoch_plan(self.sizes, self.draws, self.seed, epoch))
-        return int(self._plan[1][index]), int(self._plan[2][index])
+        plan = self._plan
+        if plan is None or plan[0] != epoch:
+            self._plan = plan = (epoch, *epoch_plan(self.sizes, self.draws, self.seed, epoch))
+        return int(plan[1][index]), int(plan[2][index])
 
 
 def build_dataset(
@@ -146,17 +155,23 @@ def build_dataset(
     """The training data that a recipe describes, and what was read from each source.
 
     Args:
-        preprocessing: as of `PairDataset`.
+        data: the recipe's `data:` section.
+        seed: see `PairDataset`.
+        preprocessing: see `PairDataset`.
 
     Raises:
-        DataError: as `sources.pairs.read_source` lists them.
+        DataError: a source can't be used; see `sources.pairs.read_source`.
     """
-    read = [read_source(source, max_broken_share=data.max_broken_share) for source in data.train]
-    weights = [source.weight for source in data.train]
+    read = []
+    for source in data.train:
+        found = replace(source, path=find_data(source.path))
+        pairs, report = read_source(found, max_broken_share=data.max_broken_share)
+        read.append((pairs, replace(report, path=source.path)))
+    weights = [source.weight for source in data.train if source.weight is not None]
     dataset = PairDataset(
         [pairs for pairs, _ in read],
         names=[source.path for source in data.train],
-        weights=None if None in weights else weights,
+        weights=weights or None,  # every source has one, or none has
         mixing_alpha=data.mixing_alpha,
         crop_scale=data.crop_scale,
         horizontal_flip=data.horizontal_flip,
@@ -167,23 +182,26 @@ def build_dataset(
 
 
 class PairCollator:
-    """Makes a batch of the items of `PairDataset`; runs in the workers.
+    """Makes a batch from items of `PairDataset`; runs in the workers.
 
     Args:
         processor: a `GCLProcessor`, which knows its checkpoint's padding and where captions are cut.
-        preprocessing: what the data set was given.
-        normalize: whether `pixel_values` are the model's float32, or else uint8: a quarter of the bytes on their way,
-            for a model with `TensorPreprocessing.normalize_input` as a forward pre-hook. Needs `preprocessing`.
+        preprocessing: the one that the data set was given.
+        normalize: True makes `pixel_values` float32, ready for the model. False leaves them uint8, a quarter of the
+            bytes; the model then needs `TensorPreprocessing.normalize_input` as a forward pre-hook. False needs
+            `preprocessing`.
 
     Returns (when called on N items):
-        What the processor makes of images and texts (`pixel_values` (N, C, H, W), `input_ids` and `attention_mask`
-        (N, L), ...), `ids` and `caption_ids` ((N,) int64, equal for equal pairs and for captions that are equal but
-        for case and spacing: see `stable_hash`), and `broken`, a list of str to take out before the model is called.
+        The output of the processor (`pixel_values` (N, C, H, W), `input_ids` and `attention_mask` (N, L), ...); `ids`
+        and `caption_ids`, (N,) int64, equal for equal pairs and for captions that differ only in case and spacing (see
+        `stable_hash`); and `broken`, a list of str. Take `broken` out before you call the model.
     """
 
-    def __init__(self, processor, preprocessing: TensorPreprocessing | None = None, *, normalize: bool = True):
+    def __init__(
+        self, processor: GCLProcessor, preprocessing: TensorPreprocessing | None = None, *, normalize: bool = True
+    ):
         if preprocessing is None and not normalize:
-            raise ValueError("normalize=False needs a preprocessing: an image processor normalises by itself")
+            raise ValueError("normalize=False needs a preprocessing, because an image processor normalises by itself")
         self.processor = processor
         self.preprocessing = preprocessing
         self.normalize = normalize
@@ -203,10 +221,10 @@ class PairCollator:
 
 
 class BrokenImages:
-    """Counts the images that could not be read in training, each once, over all sources together.
+    """Counts the images of all sources that could not be read in training, each once.
 
     Args:
-        total: number of training pairs, of all sources.
+        total: number of training pairs of all sources.
         max_share: the share of `total` that may be unreadable (`DataArguments.max_broken_share`).
     """
 
@@ -215,29 +233,31 @@ class BrokenImages:
         self.max_share = max_share
         self._names: dict[str, None] = {}
 
-    def add(self, names: Sequence[str]):
-        """Count what a batch brought in `broken`.
+    def add(self, names: Sequence[str]) -> None:
+        """Count the images in the `broken` of a batch.
 
         Raises:
-            DataError: as `check`.
+            DataError: there are too many now, see `check`.
         """
         self._names.update(dict.fromkeys(names))
         self.check()
 
-    def merge(self, names: Sequence[str]):
-        """Count what all ranks met: `names` gathered from each. Count and order (sorted) are then the same on all.
+    def merge(self, names: Sequence[str]) -> None:
+        """Count the images that all ranks met, given the `names` gathered from them.
+
+        Count and order (sorted) are then the same on every rank.
 
         Raises:
-            DataError: as `check`, on every rank alike.
+            DataError: there are too many now, see `check`; on every rank.
         """
         self._names = dict.fromkeys(sorted({*self._names, *names}))
         self.check()
 
-    def check(self):
-        """Compare the count with the share allowed.
+    def check(self) -> None:
+        """Compare the count with the share that is allowed.
 
         Raises:
-            DataError: when more than `max_share` of all pairs could not be read.
+            DataError: more than `max_share` of all pairs could not be read.
         """
         if len(self._names) > self.max_share * self.total:
             raise DataError(
@@ -247,16 +267,16 @@ class BrokenImages:
 
     @property
     def names(self) -> list[str]:
-        """The images with what is wrong, in the order they were met; sorted once merged."""
+        """The images and what is wrong with them, in the order in which they were met; sorted after `merge`."""
         return list(self._names)
 
     def summary(self) -> str:
-        """One line for the log: how many, and the first 20."""
+        """One line for the log: how many there are, and the first 20."""
         shown = "; ".join(self.names[:20])
         return f"{len(self._names)} of {self.total} images could not be read{': ' + shown if shown else ''}"
 
 
 def stable_hash(text: str) -> int:
-    """A number of 63 bits that is the same in every process and run, unlike `hash`."""
+    """A number of 63 bits that, unlike `hash`, is the same in every process and run."""
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

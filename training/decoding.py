@@ -1,7 +1,8 @@
-"""Encoded images → RGB pixels: through simplejpeg where it is installed and known to give PIL's pixels, else PIL."""
+"""Decoding images to RGB: with simplejpeg where it is installed and known to give PIL's pixels, else with PIL."""
 
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,35 +21,36 @@ def decoder_name() -> str:
     return "PIL" if simplejpeg is None else f"simplejpeg {simplejpeg.__version__}"
 
 
-def decode_rgb(value) -> torch.Tensor:
-    """The pixels of `load_image(value)`, which decides in every doubtful case.
+def decode_rgb(value: Any) -> torch.Tensor:
+    """The same pixels as `load_image(value)`, often faster.
 
-    simplejpeg decodes what PIL's header reading finds to be an upright RGB or grey JPEG and what it accepts without a
-    warning. Other formats, CMYK, images to be turned by their EXIF orientation and damaged files are left to PIL.
+    simplejpeg decodes upright RGB and grey JPEG files (judging by the header, which PIL reads), if it accepts them
+    without a warning. PIL decodes everything else: other formats, CMYK, images that their EXIF orientation turns,
+    damaged files.
 
     Args:
-        value: as for `load_image`.
+        value: whatever `load_image` takes.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        ImageError: as `load_image`, naming the file and what is wrong with it.
+        ImageError: as `load_image`; the message names the file and what is wrong with it.
     """
     if simplejpeg is not None:
         try:
             data = _encoded(value)
             if data is not None and _is_plain_jpeg(data):
-                # the accurate DCT and upsampling are PIL's; the fast ones differ visibly
+                # PIL uses the accurate DCT and upsampling; the fast ones differ visibly
                 pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, strict=True)
                 return torch.from_numpy(pixels)
-        except Exception:  # noqa: S110  decoders of damaged files raise anything; load_image says what is wrong
+        except Exception:  # noqa: S110  on damaged files decoders raise anything; load_image then says what is wrong
             pass
     return torch.from_numpy(np.array(load_image(value)))
 
 
-def _encoded(value) -> bytes | None:
-    """The bytes of the file that `load_image` would read; None for images that are decoded already."""
+def _encoded(value: Any) -> bytes | bytearray | None:
+    """The bytes of the file that `load_image` would read; None for images that are already decoded."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, (str, Path)):
@@ -56,11 +58,11 @@ def _encoded(value) -> bytes | None:
     return value if isinstance(value, (bytes, bytearray)) else None
 
 
-def _is_plain_jpeg(data: bytes) -> bool:
+def _is_plain_jpeg(data: bytes | bytearray) -> bool:
     if not data.startswith(b"\xff\xd8"):
         return False
     with Image.open(BytesIO(data)) as header:  # reads no pixels
-        # MPO: a JPEG with further images behind the first, as phones write it
+        # MPO is a JPEG file followed by more images; phones write it
         return (
             header.format in ("JPEG", "MPO")
             and header.mode in ("RGB", "L")

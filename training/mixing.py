@@ -1,4 +1,4 @@
-"""Mixing of several sources: how many items each gives to an epoch, and which."""
+"""Mixing several sources: how many items each contributes to an epoch, and which ones."""
 
 from collections.abc import Sequence
 
@@ -10,18 +10,21 @@ def mixing_shares(sizes: Sequence[int], weights: Sequence[float] | None, alpha: 
 
     Args:
         sizes: number of pairs of each source.
-        weights: one positive number a source; they win over `alpha`.
-        alpha: shares proportional to size^alpha (temperature mixing).
+        weights: one positive number for each source. If given, `alpha` is not used.
+        alpha: makes the shares proportional to size^alpha (temperature mixing); None is 1.
 
     Returns:
         (len(sizes),) float64 that sums to 1.
     """
-    raw = np.asarray(weights, dtype=np.float64) if weights is not None else np.asarray(sizes, dtype=np.float64) ** alpha
+    if weights is not None:
+        raw = np.asarray(weights, dtype=np.float64)
+    else:
+        raw = np.asarray(sizes, dtype=np.float64) ** (1.0 if alpha is None else alpha)
     return raw / raw.sum()
 
 
 def draws_per_epoch(shares: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers that sum to `total`, each less than 1 from shares * total (largest remainders).
+    """Whole numbers that sum to `total`, each less than 1 away from shares * total (method of largest remainders).
 
     Returns:
         (len(shares),) int64.
@@ -33,16 +36,18 @@ def draws_per_epoch(shares: np.ndarray, total: int) -> np.ndarray:
     return draws
 
 
-def epoch_plan(sizes: Sequence[int], draws: Sequence[int], seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+def epoch_plan(
+    sizes: Sequence[int], draws: Sequence[int] | np.ndarray, seed: int, epoch: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The source and row of every item of one epoch.
 
-    A source is gone through in a random order, then in a new one, and so on, across epochs: no pair comes a second time
-    before all of its source have come.
+    Each source is drawn in a random order until it is used up, then in a new order, and so on across epochs. So no pair
+    repeats before every pair of its source has been drawn.
 
     Args:
         sizes: number of pairs of each source.
-        draws: items that each source gives to an epoch.
-        seed, epoch: the plan depends on these only.
+        draws: number of items that each source contributes to an epoch.
+        seed, epoch: the plan depends only on these.
 
     Returns:
         sources, rows: (sum(draws),) int64 each.

@@ -1,18 +1,22 @@
-"""What an image processor of transformers does, on uint8 tensors and several times faster.
+"""What an image processor of transformers does, but on uint8 tensors and several times faster.
 
-Resizing in PIL and normalising in float64 take most of the time of a `PilBackend` image processor. Torch resizes uint8
-images with PIL's filters in vector instructions. Its weights have 16 bits, PIL's 22: of photos reduced to 224 pixels,
-3 of 1,000 values differ by one grey level and fewer than 1 of 100,000 by two; at the worst sizes (enlarged, or of a
-simple ratio as 10:7) 1 of 10 and 1 of 1,000. None differs by more.
+A `PilBackend` image processor spends most of its time resizing in PIL and normalising in float64. Torch resizes uint8
+images with PIL's filters in vector instructions, with weights of 16 bits where PIL has 22. In photos that are reduced
+to 224 pixels, 3 of 1,000 values differ by one grey level and fewer than 1 of 100,000 by two. At the worst sizes
+(enlarged, or at simple ratios such as 10:7) 1 of 10 values differs by one and 1 of 1,000 by two. No value differs by
+more.
 
     preprocessing, description = choose_preprocessing(processor.image_processor)
     dataset, reports = build_dataset(arguments.data, seed=0, preprocessing=preprocessing)
     collator = PairCollator(processor, preprocessing)
 
-Only settings that are known to be computed alike are taken over, and only after a comparison with the processor itself
-on a few images; `preprocessing` is None otherwise, and the processor does the work. Evaluation and `encode` always go
-through the processor: their figures don't depend on what is chosen here.
+The fast path is used only for settings that it is known to compute in the same way, and only after its results on a few
+images were compared with the processor's. Otherwise `preprocessing` is None, and the processor does the work.
+Evaluation and `encode` always use the processor, so their figures don't depend on this choice.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,24 +37,34 @@ MAX_SHARE_OVER_ONE = 1e-3
 
 
 class UnsupportedProcessor(ValueError):
-    """An image processor that does something `TensorPreprocessing` doesn't know."""
+    """The image processor does something that `TensorPreprocessing` can't do."""
 
 
 class TensorPreprocessing:
-    """Resize, centre crop, rescale and normalise, for processors that make images of one size.
+    """Resize, centre crop, rescale and normalise, for processors whose images all have the same size.
 
     Args:
-        size: `{"shortest_edge"}` or `{"height", "width"}` to resize to, in pixels.
-        crop_size: (height, width) of the centre crop, None for none.
+        size: the size to resize to, in pixels: `{"shortest_edge"}` or `{"height", "width"}`.
+        crop_size: (height, width) of the centre crop; None for no crop.
         filter: `"bilinear"` or `"bicubic"`, with antialiasing.
-        scale: what pixels 0 … 255 are multiplied by.
-        mean, std: of each channel, subtracted and divided by afterwards.
+        scale: pixels 0 … 255 are multiplied by this.
+        mean, std: then, in each channel, `mean` is subtracted and the result divided by `std`.
 
     Raises:
-        UnsupportedProcessor: for images that would not all have one size.
+        UnsupportedProcessor: the images would not all have the same size.
     """
 
-    def __init__(self, size: dict, crop_size, filter: str, scale: float, mean, std):
+    def __init__(
+        self,
+        size: dict[str, int],
+        crop_size: tuple[int, int] | None,
+        filter: str,
+        scale: float,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
+        self.shortest_edge: int | None
+        self.size: tuple[int, int] | None
         if set(size) == {"height", "width"}:
             self.shortest_edge, self.size = None, (size["height"], size["width"])
         elif set(size) == {"shortest_edge"} and crop_size is not None:
@@ -59,19 +73,19 @@ class TensorPreprocessing:
             raise UnsupportedProcessor(f"size {size} without a crop to one size")
         self.crop_size = crop_size
         self.filter = filter
-        # (x · scale - mean) / std as one multiplication and one addition
+        # (x * scale - mean) / std as one multiplication and one addition
         self.factor = (scale / torch.tensor(std, dtype=torch.float64)).float().view(3, 1, 1)
         self.offset = (-torch.tensor(mean, dtype=torch.float64) / torch.tensor(std)).float().view(3, 1, 1)
 
     @classmethod
-    def from_processor(cls, image_processor) -> "TensorPreprocessing":
+    def from_processor(cls, image_processor: Any) -> "TensorPreprocessing":
         """The same preprocessing as an image processor of transformers.
 
         Raises:
-            UnsupportedProcessor: naming the first setting that is not known, or how far the results differ.
+            UnsupportedProcessor: the message names the first unknown setting, or how far the results differ.
         """
         settings = image_processor.to_dict()
-        # what is None or False is switched off, whatever it is
+        # an unknown setting that is None or False is switched off
         unknown = [name for name, value in settings.items() if name not in KNOWN and value not in (None, False)]
         if unknown:
             raise UnsupportedProcessor(f"{unknown[0]} is {settings[unknown[0]]}")
@@ -86,7 +100,7 @@ class TensorPreprocessing:
         normalizes = settings.get("do_normalize")
         preprocessing = cls(
             size=dict(settings["size"]),
-            crop_size=crop and (crop["height"], crop["width"]),
+            crop_size=(crop["height"], crop["width"]) if crop else None,
             filter=FILTERS[resample],
             scale=settings["rescale_factor"] if settings.get("do_rescale") else 1.0,
             mean=settings["image_mean"] if normalizes else (0.0, 0.0, 0.0),
@@ -94,16 +108,17 @@ class TensorPreprocessing:
         )
         difference = preprocessing.difference_from(image_processor)
         if difference is None:
-            raise UnsupportedProcessor("its results have another form")
+            raise UnsupportedProcessor("its results have a different form")
         if difference.max() > MAX_DIFFERENCE or (difference > 1).double().mean() > MAX_SHARE_OVER_ONE:
-            raise UnsupportedProcessor(f"its results are other ones, by up to {difference.max():.0f} grey levels")
+            raise UnsupportedProcessor(f"its results differ by up to {difference.max():.0f} grey levels")
         return preprocessing
 
-    def difference_from(self, image_processor) -> torch.Tensor | None:
-        """Grey levels between the results and those of `image_processor` for each value of a few images of noise.
+    def difference_from(self, image_processor: Any) -> torch.Tensor | None:
+        """How far the results differ from those of `image_processor`, on a few images of noise.
 
         Returns:
-            Absolute differences, whole numbers in float32; None where the processor returns something of another form.
+            Absolute difference of each value in grey levels, whole numbers in float32; None if the processor returns
+            something of a different form.
         """
         rng = np.random.default_rng(0)
         images = [rng.integers(0, 256, (height, width, 3), dtype=np.uint8) for width, height in PROBE_SIZES]
@@ -115,18 +130,23 @@ class TensorPreprocessing:
         return ((pixels - found) / self.factor).abs().round()
 
     def resize(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(H, W, 3) → (height, width, 3), uint8: resized and cropped, zeros where the crop is larger than the image."""
+        """(H, W, 3) → (height, width, 3), uint8: resized and cropped; zeros where the crop exceeds the image."""
         height, width = pixels.shape[:2]
-        size = self.size
-        if size is None:
-            shortest, longest = self.shortest_edge, int(self.shortest_edge * max(height, width) / min(height, width))
-            size = (longest, shortest) if width <= height else (shortest, longest)
-        # as channels_last, the layout in which torch resizes without rearranging the pixels
+        size = self._resized(height, width)
+        # channels_last is the layout that torch resizes without rearranging the pixels
         image = pixels.contiguous()[None].permute(0, 3, 1, 2)
         if height > 100 * width and size[0] < height:  # as PIL does
             image = F.interpolate(image, size=(size[0], width), mode=self.filter, antialias=True)
         image = F.interpolate(image, size=size, mode=self.filter, antialias=True)
         return self._center_crop(image.permute(0, 2, 3, 1)[0])
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) that an image of this size is resized to."""
+        if self.size is not None:
+            return self.size
+        shortest = int(self.shortest_edge or 0)
+        longest = int(shortest * max(height, width) / min(height, width))
+        return (longest, shortest) if width <= height else (shortest, longest)
 
     def _center_crop(self, pixels: torch.Tensor) -> torch.Tensor:
         if self.crop_size is None or pixels.shape[:2] == self.crop_size:
@@ -141,15 +161,17 @@ class TensorPreprocessing:
         return cropped
 
     def stack(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """N of (height, width, 3) → (N, 3, height, width), in memory as channels_last."""
+        """N images (height, width, 3) → (N, 3, height, width), in memory as channels_last."""
         return torch.stack(images).permute(0, 3, 1, 2)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, 3, height, width), uint8 → float32: rescaled and normalised, on the device of `pixels`."""
         return pixels.float().mul_(self.factor.to(pixels.device)).add_(self.offset.to(pixels.device))
 
-    def normalize_input(self, model, args, kwargs):
-        """A forward pre-hook, for batches whose pixels came as uint8 (`PairCollator(..., normalize=False)`):
+    def normalize_input(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A forward pre-hook for batches whose pixels are uint8 (`PairCollator(..., normalize=False)`):
 
         model.register_forward_pre_hook(preprocessing.normalize_input, with_kwargs=True)
         """
@@ -159,11 +181,14 @@ class TensorPreprocessing:
         return args, kwargs
 
 
-def choose_preprocessing(image_processor) -> tuple[TensorPreprocessing | None, str]:
-    """The fast way to do what an image processor does, None where there is none, and a description for log and record.
+def choose_preprocessing(image_processor: Any) -> tuple[TensorPreprocessing | None, str]:
+    """The fast path for an image processor, and a description for the log and the record.
 
     Args:
         image_processor: any image processor of transformers.
+
+    Returns:
+        The preprocessing, None if there is no fast path, and the description.
     """
     name = type(image_processor).__name__
     try:

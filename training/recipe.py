@@ -1,13 +1,15 @@
-"""The recipe of a run: one YAML of `model:`, `data:`, `training:` and, for LoRA, `peft:`, with overrides from the
-command line.
+"""The recipe of a run: a YAML file with the sections `model:`, `data:`, `training:` and, for LoRA, `peft:`.
+
+Options of the command line override it:
 
     recipe = parse_recipe(["hub_configs/quickstart.yaml", "--learning_rate", "1e-5", "--data.eval.limit", "100"])
     recipe.model, recipe.data, recipe.training   # dataclasses
     recipe.to_yaml()                             # what was set, overrides included, to be saved beside the weights
 
-A key is written in full (`--training.seed 3`, `--data.train.0.limit 100`) or, where only one section knows it, bare
-(`--seed 3`). Values are YAML: `--freeze "[text, logit_scale]"`; text and the paths of sources are taken as typed. A
-switch needs no value: `--bf16`. Relative paths start from the working directory, wherever the recipe lies.
+A key is written in full (`--training.seed 3`, `--data.train.0.limit 100`) or without its section, if only one section
+has it (`--seed 3`). Values are YAML: `--freeze "[text, logit_scale]"`. Text and the paths of sources are taken as they
+are typed. A switch needs no value: `--bf16`. Relative paths start from the working directory, not from the recipe's
+folder.
 """
 
 import dataclasses
@@ -28,10 +30,11 @@ from universal_gcl.training.recipe_values import (
     read_yaml,
     write_yaml,
 )
+from universal_gcl.training.shipped import find_recipe
 from universal_gcl.training.training_arguments import GCLTrainingArguments
 
 SECTIONS = {"model": ModelArguments, "data": DataArguments, "training": GCLTrainingArguments, "peft": LoraArguments}
-USAGE = "usage: train.py RECIPE.yaml [--key value ...]   (--help lists the keys)"
+USAGE = "usage: gcl train RECIPE [--key value ...]   (--help lists the keys)"
 
 
 @dataclass
@@ -39,11 +42,11 @@ class Recipe:
     """A parsed recipe.
 
     Attributes:
-        model, data, training: these sections as dataclasses, defaults filled in.
-        peft: that of LoRA; None without the section.
-        settings: `{section: {key: value}}` of plain values, only those that the YAML or the command line set. The Hub
-            token stays out, since settings are saved and published.
-        path: the YAML file it came from.
+        model, data, training: these sections as dataclasses, with defaults filled in.
+        peft: the section of LoRA; None if the recipe has none.
+        settings: `{section: {key: value}}` with plain values, only those that the YAML or the command line set. The Hub
+            token is left out, because settings are saved and published.
+        path: the YAML file that was read.
     """
 
     model: ModelArguments
@@ -54,25 +57,31 @@ class Recipe:
     path: str = ""
 
     def to_yaml(self) -> str:
-        """The settings as YAML text, which `parse_recipe` reads back to the same settings."""
+        """The settings as YAML text; `parse_recipe` reads the same settings from it."""
         return write_yaml(self.settings)
 
 
 def parse_recipe(argv: list[str]) -> Recipe:
-    """Read the recipe named first in `argv` (without the program's name) and apply the `--key value` that follow.
+    """Read a recipe and apply the options that follow it.
 
-    `--help` anywhere prints all keys and exits.
+    `--help` at any place prints all keys and exits.
+
+    Args:
+        argv: path or name of the recipe, then `--key value` and so on, without the program's name.
 
     Raises:
-        RecipeError: (a ValueError) with file and line, or the option, for a file that is missing or not YAML, unknown
-            keys (the nearest known one is suggested), values of a wrong type, missing keys and values out of range.
+        RecipeError: (a ValueError) the file is missing or not YAML, a key is unknown or missing, or a value has a wrong
+            type or is out of range. The message names file and line, or the option, and suggests the nearest key.
     """
     if "--help" in argv or "-h" in argv:
         print(f"{USAGE}\n\n{format_help(SECTIONS | {'source': SourceArguments})}")
         raise SystemExit(0)
     if not argv or argv[0].startswith("-"):
         raise RecipeError(f"no recipe given\n{USAGE}")
-    path = argv[0]
+    try:
+        path = str(find_recipe(argv[0]))
+    except FileNotFoundError as error:
+        raise RecipeError(str(error)) from error
     settings = _read_recipe(path)
     for key, value in _options(argv[1:]):
         _override(settings, key, value)
@@ -81,20 +90,18 @@ def parse_recipe(argv: list[str]) -> Recipe:
 
 def _read_recipe(path: str) -> dict:
     """The settings of a YAML file, checked and converted."""
-    if not Path(path).is_file():
-        raise RecipeError(f"{path}: no such recipe (working directory: {Path.cwd()})")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise RecipeError(f"{path}, line {line}: not UTF-8; save it as UTF-8") from error
+        raise RecipeError(f"{path}, line {line}: not UTF-8. Save it as UTF-8") from error
     document, lines = read_yaml(text, path)
 
     def where(keys: tuple) -> str:
         return f"{path}, line {lines[keys]}" if keys in lines else path
 
     if not isinstance(document, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping with the keys {', '.join(SECTIONS)}")
+        raise RecipeError(f"{path}: a recipe must be a mapping with the keys {', '.join(SECTIONS)}")
     settings = {}
     for section, values in document.items():
         if section not in SECTIONS:
@@ -110,7 +117,7 @@ def _options(tokens: list[str]) -> list[tuple[str, str | None]]:
         token = tokens[position]
         if not token.startswith("--"):
             raise RecipeError(
-                f'{token!r} is not an option: write --key value, and several values as a list: --key "[a, b]"\n{USAGE}'
+                f'{token!r} is not an option. Write --key value, and several values as a list: --key "[a, b]"\n{USAGE}'
             )
         key, equals, value = token[2:].partition("=")
         has_value = bool(equals)
@@ -123,7 +130,7 @@ def _options(tokens: list[str]) -> list[tuple[str, str | None]]:
 
 
 def _override(settings: dict, key: str, text: str | None):
-    """Set one option of the command line in the settings."""
+    """Write one option of the command line into the settings."""
     keys = _resolve(key)
     hint = SECTIONS
     target = settings
@@ -151,13 +158,13 @@ def _resolve(key: str) -> list:
     if len(owners) == 1:
         return [owners[0], *keys]
     if owners:
-        raise RecipeError(f"--{key} is ambiguous: write {' or '.join(f'--{owner}.{key}' for owner in owners)}")
+        raise RecipeError(f"--{key} is ambiguous. Write {' or '.join(f'--{owner}.{key}' for owner in owners)}")
     known = [name for cls in SECTIONS.values() for name in _fields(cls)]
     raise RecipeError(f"--{key}: unknown option; {_suggest(keys[0], known, '--')}")
 
 
 def _step_into(hint, name, keys: list, key: str):
-    """The type of `name` inside a section table, a dataclass or a list of dataclasses."""
+    """The declared type of `name` in a section table, a dataclass or a list of dataclasses."""
     if isinstance(hint, dict):
         return hint[name]
     full = ".".join(map(str, keys[:-1]))
@@ -169,13 +176,14 @@ def _step_into(hint, name, keys: list, key: str):
             if isinstance(name, int):
                 return typing.get_args(candidate)[0]
             raise RecipeError(
-                f"--{key}: {full} is a list: use --{keys[-2]} for the whole, or --{full}.0.{name} for its first entry"
+                f"--{key}: {full} is a list. Use --{keys[-2]} for the whole list, or --{full}.0.{name} for its first "
+                "entry"
             )
-    raise RecipeError(f"--{key}: {full} has no parts; give its whole value")
+    raise RecipeError(f"--{key}: {full} has no parts. Give its whole value")
 
 
 def _container(parent, name, hint, key: str):
-    """The dict or list under `name`, made where the recipe has none."""
+    """The dict or list under `name`; an empty one is added if the recipe has none."""
     if isinstance(parent, list):
         _check_position(parent, name, key)
         return parent[name]
@@ -186,11 +194,11 @@ def _container(parent, name, hint, key: str):
 
 def _check_position(entries: list, position: int, key: str):
     if position >= len(entries):
-        raise RecipeError(f"--{key}: the recipe has only {len(entries)} there, counted from 0")
+        raise RecipeError(f"--{key}: the recipe has only {len(entries)} entries there; the first is 0")
 
 
 def _check_keys(cls, names, keys: tuple, where):
-    """Raise for names that are not fields of the dataclass `cls`, with the nearest that is."""
+    """Raise for names that are not fields of the dataclass `cls`, and suggest the nearest field."""
     known = _fields(cls)
     for name in names:
         if name in known:
@@ -202,29 +210,31 @@ def _check_keys(cls, names, keys: tuple, where):
 
 
 def _fields(cls) -> dict:
-    """Names and types of the fields of a dataclass that may be set."""
+    """Names and types of the fields of a dataclass that a recipe may set."""
     hints = typing.get_type_hints(cls)
     return {entry.name: hints[entry.name] for entry in dataclasses.fields(cls) if entry.init}
 
 
 def _suggest(name, known, prefix: str = "") -> str:
     nearest = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f"did you mean {prefix}{nearest[0]}?" if nearest else "--help lists what there is"
+    return f"did you mean {prefix}{nearest[0]}?" if nearest else "--help lists all keys"
 
 
 def _build(settings: dict, path: str) -> Recipe:
-    """The dataclasses from plain settings."""
+    """Make the dataclasses from plain settings."""
     for section, cls in SECTIONS.items():
         for entry in dataclasses.fields(cls):
             required = entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING
             if required and not settings.get(section, {}).get(entry.name):
-                raise RecipeError(f"{path}: {section}.{entry.name} is missing; --help describes it")
+                raise RecipeError(f"{path}: {section}.{entry.name} is missing. --help describes it")
     data = dict(settings["data"])
     for name, source in [*((f"train.{n}", s) for n, s in enumerate(data["train"])), ("eval", data.get("eval"))]:
         if source is not None and "path" not in source:
-            raise RecipeError(f"{path}: data.{name}.path is missing: give a folder, a file or a Hub data set id")
+            raise RecipeError(
+                f"{path}: data.{name}.path is missing. Give a folder, a file or the id of a data set on the Hub"
+            )
     training = _known_checkpointing_name(settings.get("training", {}))
-    for name in ("hub_token", "push_to_hub"):  # who repeats a recipe has a token and a place of their own
+    for name in ("hub_token", "push_to_hub"):  # whoever repeats a recipe has their own token and repository
         settings.get("training", {}).pop(name, None)
     try:
         data["train"] = [SourceArguments(**source) for source in data["train"]]
@@ -243,7 +253,7 @@ def _build(settings: dict, path: str) -> Recipe:
 
 
 def _known_checkpointing_name(training: dict) -> dict:
-    """`gradient_checkpointing*` under the name that the installed transformers prefers (5.23 renamed them)."""
+    """Rename `gradient_checkpointing*` to what the installed transformers calls it (5.23 renamed these settings)."""
     known = _fields(GCLTrainingArguments)
     renamed = {}
     for name, value in training.items():

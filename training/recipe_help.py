@@ -1,4 +1,4 @@
-"""The text of `train.py --help`, made from the docstrings of the argument classes."""
+"""The text of `gcl train --help`, made from the docstrings of the argument classes."""
 
 import inspect
 import re
@@ -8,14 +8,15 @@ _GROUP = re.compile(r"^ {2,4}> (?!\[)(.+)$")
 _FIELD = re.compile(r"^ {4}(\w+) ?\((.*)\): *$")
 
 
-def field_docs(cls) -> dict[str, list[tuple[str, str, str]]]:
+def field_docs(cls: type) -> dict[str, list[tuple[str, str, str]]]:
     """The fields that a docstring describes, as {group: [(name, type and default, description), ...]}.
 
-    Read is the form of `transformers.TrainingArguments`: groups open with `> Name`, fields with `name (type):`.
+    The docstring has the form of `transformers.TrainingArguments`: a group starts with `> Name`, a field with
+    `name (type):`.
     """
     groups: dict[str, list[tuple[str, str, str]]] = {}
     group = "Other"
-    for line in inspect.cleandoc(cls.__doc__).splitlines():
+    for line in inspect.cleandoc(cls.__doc__ or "").splitlines():
         if match := _GROUP.match(line):
             group = match[1]
         elif match := _FIELD.match(line):
@@ -29,14 +30,14 @@ def field_docs(cls) -> dict[str, list[tuple[str, str, str]]]:
 
 
 def format_help(sections: dict[str, type]) -> str:
-    """All fields of all sections; a subclass's fields come before the inherited ones, which it may redefine."""
+    """All fields of all sections. A subclass's own fields come first, then the inherited ones that it keeps."""
     paragraphs = []
     for section, cls in sections.items():
-        told: set[str] = set()
+        done: set[str] = set()
         for owner in cls.__mro__[:-1]:
             for group, fields in field_docs(owner).items():
-                new = [entry for entry in fields if entry[0] not in told]
-                told.update(name for name, _, _ in new)
+                new = [entry for entry in fields if entry[0] not in done]
+                done.update(name for name, _, _ in new)
                 if new:
                     paragraphs.append(
                         f"{section}: {group}\n\n" + "\n".join(_format_field(section, *entry) for entry in new)

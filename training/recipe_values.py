@@ -1,4 +1,4 @@
-"""Values of a recipe: YAML with line numbers, and conversion to the types that the arguments declare."""
+"""The values of a recipe: YAML with line numbers, and conversion to the declared types of the arguments."""
 
 import dataclasses
 import enum
@@ -6,20 +6,21 @@ import re
 import types
 import typing
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import yaml
 
 
 class RecipeError(ValueError):
-    """A recipe or an option that can't be used; the message names it and what to do."""
+    """A recipe or an option that can't be used. The message names it and says what to do."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: `1e-5` is a number, `no` and dates are text (`eval_strategy: no` must stay "no")."""
+    """Reads plain scalars as YAML 1.2 does: `1e-5` is a number; `no` and dates are text (as in `eval_strategy: no`)."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that either version of YAML would take for something else."""
+    """Quotes text that YAML 1.1 or 1.2 would read as something else."""
 
 
 _NUMBER = r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
@@ -37,8 +38,8 @@ for _name, _pattern, _first in _SCALARS:
         _side.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
-def write_yaml(value) -> str:
-    """Plain data as YAML that `read_yaml` (and any YAML 1.1 reader) reads back."""
+def write_yaml(value: Any) -> str:
+    """Plain data as YAML, which `read_yaml` and any reader of YAML 1.1 read back to the same data."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
@@ -53,7 +54,7 @@ def read_yaml(text: str, name: str) -> tuple[object, dict[tuple, int]]:
         The value, and the line (from 1) of every key as `{("training", "seed"): 7, ("data", "train", 0, "path"): 3}`.
 
     Raises:
-        RecipeError: with name and line for text that is not YAML or repeats a key.
+        RecipeError: the text is not YAML or repeats a key. The message has name and line.
     """
     loader = _Loader(text)
     lines: dict[tuple, int] = {}
@@ -82,32 +83,32 @@ def _record_lines(node, keys: tuple, lines: dict, name: str):
         for key, value in node.value:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
-                raise RecipeError(f"{name}, line {line}: a key must be one word, not a list or mapping")
+                raise RecipeError(f"{name}, line {line}: a key must be one word, not a list or a mapping")
             if key.value in seen:
-                raise RecipeError(f"{name}, line {line}: key {key.value!r} was set in line {seen[key.value]} already")
+                raise RecipeError(f"{name}, line {line}: key {key.value!r} is already set in line {seen[key.value]}")
             seen[key.value] = line
             lines[(*keys, key.value)] = line
             _record_lines(value, (*keys, key.value), lines, name)
 
 
-def convert(value, hint, keys: tuple, where: Callable, check_keys: Callable):
-    """`value` as plain data of the declared type.
+def convert(value: Any, hint: Any, keys: tuple, where: Callable[[tuple], str], check_keys: Callable[..., None]) -> Any:
+    """Convert a value to plain data of the declared type.
 
-    A number is taken where text of a number stands, one item where a list is declared, and text where a data source is
-    declared (its path). Dataclasses come back as dicts of the keys that were set.
+    Where a number is declared, text of a number is accepted too; where a list is declared, one item; where a data
+    source is declared, its path. A dataclass becomes a dict of the keys that were set.
 
     Args:
-        value: what YAML gave.
-        hint: the type, as `typing.get_type_hints` gives it.
-        keys: the way to the value, for messages.
-        where: `where(keys)` says file and line.
+        value: as read from YAML.
+        hint: the declared type, as `typing.get_type_hints` returns it.
+        keys: path of keys to the value, for messages.
+        where: `where(keys)` returns file and line.
         check_keys: `check_keys(cls, names, keys, where)` raises for names that the dataclass doesn't have.
 
     Raises:
-        RecipeError: naming the place, the key and the expected type.
+        RecipeError: the value doesn't fit. The message names the place, the key and the expected type.
     """
 
-    def wrong():
+    def wrong() -> NoReturn:
         name = ".".join(map(str, keys))
         raise RecipeError(f"{where(keys)}: {name} expects {describe(hint)}, not {value!r}")
 
@@ -152,24 +153,25 @@ def convert(value, hint, keys: tuple, where: Callable, check_keys: Callable):
     wrong()
 
 
-def is_switch(hint) -> bool:
-    """Whether an option of this type may stand without a value: `--bf16`."""
+def is_switch(hint: Any) -> bool:
+    """Whether an option of this type needs no value: `--bf16`."""
     return bool in choices(hint)
 
 
-def read_option(text: str, hint, name: str):
-    """What was typed for an option, before conversion: YAML, but for types that take text.
+def read_option(text: str, hint: Any, name: str) -> Any:
+    """Read the value of an option, before conversion.
 
-    Text stays as typed where nothing else fits: `--run_name 2024`, `--resume_from_checkpoint @x`. A data source is a
-    path as typed too (`--train "photos #1"`), unless it is a list or a mapping with a key that sources have.
+    The value is YAML, with two exceptions. If only text fits the declared type, it stays as typed: `--run_name 2024`,
+    `--resume_from_checkpoint @x`. A data source is a path as typed (`--train "photos #1"`), unless it is a list or a
+    mapping with a key that sources have.
 
     Args:
         text: as typed.
-        hint: the type that is declared.
+        hint: the declared type.
         name: the option, for errors.
 
     Raises:
-        RecipeError: for text that is not YAML and can't be taken as typed.
+        RecipeError: the text is not YAML and can't be taken as typed.
     """
     kinds = choices(hint)
     keys = _source_keys(kinds)
@@ -190,7 +192,7 @@ def read_option(text: str, hint, name: str):
 
 
 def _source_keys(kinds: list) -> set[str]:
-    """The keys of a data source, where a source or a list of them is declared."""
+    """The keys of a data source, if a source or a list of sources is declared; otherwise none."""
     for kind in kinds:
         item = (typing.get_args(kind) or [None])[0] if typing.get_origin(kind) is list else kind
         if dataclasses.is_dataclass(item):
@@ -198,8 +200,8 @@ def _source_keys(kinds: list) -> set[str]:
     return set()
 
 
-def describe(hint) -> str:
-    """A type in a user's words: "a number or null"."""
+def describe(hint: Any) -> str:
+    """A type in words: "a number or null"."""
     members = [_describe_one(choice) for choice in choices(hint)]
     return " or ".join(members + (["null"] if type(None) in typing.get_args(hint) else []))
 
@@ -217,8 +219,8 @@ def _describe_one(hint) -> str:
     return names.get(origin, str(hint))
 
 
-def choices(hint) -> list:
-    """The type itself, or the members of a union that YAML can write: not None, no enums where plain text does too."""
+def choices(hint: Any) -> list[Any]:
+    """The members of a union without None and without enumerations, which YAML writes as text; or the type itself."""
     if typing.get_origin(hint) not in (typing.Union, types.UnionType):
         return [hint]
     members = [choice for choice in typing.get_args(hint) if choice is not type(None)]
@@ -226,7 +228,7 @@ def choices(hint) -> list:
 
 
 def _choice(value, hint):
-    """The member of a union that fits the value's kind, or None."""
+    """The member of a union that fits the kind of the value, or None."""
     members = choices(hint)
     if len(members) == 1:
         return members[0]

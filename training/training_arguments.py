@@ -1,6 +1,6 @@
 """The `training:` section of a recipe as a dataclass that checks its values when it is made.
 
-The docstrings of `GCLTrainingArguments` and of the losses are the only descriptions of the fields: `train.py --help`
+The docstrings of `GCLTrainingArguments` and of the losses are the only descriptions of the fields: `gcl train --help`
 prints them (see `training.recipe_help`).
 """
 

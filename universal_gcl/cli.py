@@ -1,4 +1,6 @@
-"""The `gcl` command: embed, search and show, evaluate, compare, convert checkpoints, write cards, push to the Hub."""
+"""Universal multimodal retrieval with GCL: train, evaluate, search, convert checkpoints, push to the Hub."""
+
+from typing import Annotated
 
 import typer
 
@@ -9,6 +11,43 @@ from universal_gcl.publishing.commands import card, push
 from universal_gcl.retrieval.commands import embed, search
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+def print_version(wanted: bool) -> None:
+    """Print the installed version and exit, if `--version` was given."""
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"gcl {version('universal-gcl')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Options of `gcl` itself."""
+
+
+# the recipe's own options and --help are parsed and printed by universal_gcl.training.recipe
+@app.command(
+    "train",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    options_metavar="RECIPE [--key value ...]",
+)
+def train(context: typer.Context) -> None:
+    """Train from a recipe, on one process; `gcl train --help` lists every key."""
+    from universal_gcl.quiet import quiet_imports
+
+    quiet_imports()
+    from universal_gcl.train import main
+
+    main(context.args)
+
+
 app.command("embed")(embed)
 app.command("search")(search)
 app.command("demo")(demo)
@@ -20,7 +59,10 @@ app.command("push")(push)
 
 
 def main() -> None:
-    """The console script: errors of input are a message, not a traceback; they end all processes of a launch."""
+    """The console script. An error in what the user gave is one line, not a traceback.
+
+    In a launch of several processes, an error in one of them ends all.
+    """
     try:
         app()
     except Exception as error:

@@ -1,31 +1,34 @@
-"""How a process ends when it fails: with its reason on the terminal, and the other processes of the launch with it.
+"""How a process ends when it fails: it prints the reason, and the other processes of the launch end too.
 
-The launcher (accelerate, torchrun) ends all processes of a machine once one has gone. A process that only waits for a
-dead one keeps still until then, so that the reason is not buried under the noise of those it left behind.
+The launcher (accelerate, torchrun) ends all processes of a machine when one is gone. A process that fails only because
+another one died stays silent until then, so that the real reason is not buried under its messages.
 """
 
 import os
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-WAIT_FOR_RANK_0 = 2.0  # seconds that ranks over 0 leave to rank 0, for errors that all ranks meet
-WAIT_FOR_LAUNCHER = 15.0  # seconds that a rank which lost another leaves to that one and the launcher
+WAIT_FOR_RANK_0 = 2.0  # seconds; when all ranks meet the same error, rank 0 prints it first
+WAIT_FOR_LAUNCHER = 15.0  # seconds; a rank that lost another one lets that one and the launcher speak first
 
 
-def stop(error):
+def stop(error: Exception) -> NoReturn:
     """
-    End this process, called where `error` is handled, for errors that the user can mend: one line, no traceback.
+    End this process with one line and no traceback. It is for errors that the user can mend; call it where `error` is
+    handled.
 
     In a launch of several processes the line names the rank, and the launcher ends the others.
 
     Raises:
-        SystemExit: with "error: ..."; only in a single process. In several the process is gone at once.
+        SystemExit: with "error: ..." in a single process. One of several processes ends at once, without an exception.
     """
     text = str(error)
     if isinstance(error, SafetensorError):
@@ -36,8 +39,11 @@ def stop(error):
 
 
 @contextmanager
-def failing_together():
-    """Around the main function: an exception in one of several processes ends all of them. One process is let be."""
+def failing_together() -> Iterator[None]:
+    """A context for the main function: an exception in one of several processes ends all of them.
+
+    In a single process it changes nothing.
+    """
     try:
         yield
     except Exception as error:
@@ -46,7 +52,7 @@ def failing_together():
         _leave(error, "\n" + traceback.format_exc())
 
 
-def _leave(error, text):
+def _leave(error: Exception, text: str) -> NoReturn:
     rank = int(os.environ.get("RANK", 0))
     if _lost_another(error):
         time.sleep(WAIT_FOR_LAUNCHER)
@@ -56,13 +62,13 @@ def _leave(error, text):
     print(f"error: rank {rank}: {text}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     get_error_handler().record_exception(error)  # for the launcher's summary
-    os._exit(1)  # no clean-up that might wait for the others
+    os._exit(1)  # without clean-up, which might wait for the other processes
 
 
-def _lost_another(error):
+def _lost_another(error: Exception) -> bool:
     # gloo raises a plain RuntimeError
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "by peer" in str(error))
 
 
-def _processes():
+def _processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))

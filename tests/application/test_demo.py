@@ -1,4 +1,4 @@
-"""The page of gcl demo: over HTTP as a program asks it, and in a browser as a person sees it."""
+"""The page of gcl demo works over HTTP, for programs, and in a browser, for people."""
 
 import importlib.util
 import re
@@ -35,7 +35,7 @@ THREE = ["image", "text", "image+text"]
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """The page over the gallery of colours: GCL with a small gap between modalities, its base with a large one."""
+    """The page with the gallery of colours. The gap between modalities is small in GCL and large in its base."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("uploads")))
         models = colour_models(GCL=0.1, base=3.0)
@@ -52,7 +52,7 @@ def search(address):
 
 
 def columns(page):
-    """Of each model's column, its label and the modality and text of its hits."""
+    """The columns of a page: label of the model → modality and text of each hit."""
     found = {}
     for label, column in re.findall(r'<section aria-label="(.*?)">(.*?)</section>', page):
         cards = re.findall(r'<li data-modality="(.*?)">(.*?)<footer>', column)
@@ -112,7 +112,7 @@ def test_errors_are_messages(search, files, text, file, kinds, message):
 
 
 def test_files_of_the_machine_are_out_of_reach(address, files):
-    """Without the client, which uploads what is named."""
+    """Asks over HTTP, because the client would upload the file."""
     file = {"path": str(files / "blue.jpg"), "meta": {"_type": "gradio.FileData"}}
     asked = httpx.post(f"{address}gradio_api/call/search", json={"data": ["", file, "GCL", THREE]}).json()
     answer = httpx.get(f"{address}gradio_api/call/search/{asked['event_id']}").text
@@ -168,7 +168,9 @@ def test_in_a_browser(address, files):
         assert {gcl.locator("li").nth(place).get_attribute("data-modality") for place in range(3)} == set(THREE)
         expect(gcl.locator("li").nth(0)).to_contain_text("red")
         expect(base.get_by_text("first 12: 3 images, 6 texts, 3 image + text")).to_be_visible()
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390  # nothing sticks out of a phone
+        assert (
+            page.evaluate("document.documentElement.scrollWidth") <= 390
+        )  # nothing is wider than the screen of a phone
 
         page.get_by_role("radio", name="base").check()
         expect(hits).to_have_count(SHOWN)

@@ -1,4 +1,4 @@
-"""A gallery holds every pair three times, finds what is nearest, and is written once."""
+"""A gallery has each pair as three candidates, finds the nearest ones, and is written only once."""
 
 import json
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_gcl import ImageError
+from modeling_gcl import ImageError, modalities
 from tests.support.colours import COLOURS, colour_models, colour_pairs, picture
-from universal_gcl.application.gallery import MODALITIES, Gallery
+from universal_gcl.application.gallery import MODALITIES, NAMES, Gallery
 from universal_gcl.application.gallery_folder import PICTURE_SIZE, write_gallery
 
 
@@ -32,12 +32,18 @@ def test_the_nearest_of_all_modalities(tmp_path):
         assert best.score == pytest.approx(1, abs=1e-3)  # float16
 
 
+def test_the_modalities_are_those_of_the_model():
+    """A Space can't import modeling_gcl.modalities, so the gallery has a table of its own."""
+    assert [singular for singular, _ in NAMES.values()] == [*modalities.IN_WORDS.values()]
+    assert [name.replace("+", ",") for name in MODALITIES] == [*modalities.IN_DATA.values()]
+
+
 def test_a_second_call_embeds_nothing(tmp_path):
     models = colour_models(GCL=0.1)
     write_gallery(colour_pairs(), models, tmp_path, name="colours")
     rows, file = models[0].model.rows, Gallery(tmp_path).picture(0)
     assert rows == 3 * len(COLOURS)
-    Image.new("RGB", (8, 8)).save(file)  # would be written anew if the pictures were
+    Image.new("RGB", (8, 8)).save(file)  # would be replaced if the pictures were written again
     write_gallery(colour_pairs(), models, tmp_path, name="colours")
     assert models[0].model.rows == rows and Image.open(file).size == (8, 8)
     other = colour_pairs(["green", *[colour for colour in COLOURS if colour != "green"]])
@@ -50,7 +56,7 @@ def test_a_second_call_embeds_nothing(tmp_path):
 def test_small_pictures_do_not_tell_where_they_were_taken(tmp_path):
     exif = Image.Exif()
     exif.get_ifd(0x8825)[1] = "N"
-    exif[0x0112] = 6  # lies on its side
+    exif[0x0112] = 6  # the photo is rotated
     pairs = colour_pairs(["red"])
     row = {"bytes": picture("red", exif=exif.tobytes()), "path": None}
     pairs = pairs.remove_columns("image").add_column("image", [row])

@@ -1,4 +1,4 @@
-"""A Space's folder: complete, valid, and its app gives gcl demo's page where our package cannot be imported."""
+"""The folder of a Space is complete and valid, and its app shows the page of gcl demo without our package."""
 
 import json
 import re
@@ -37,7 +37,7 @@ print("pages", json.dumps([search(*query) for query in {queries}]))
 
 
 def put(hub, repo_id, folder):
-    """A first commit and a later one, so that main is not what is pinned."""
+    """Make two commits and return the first. The second breaks the model, so main must not be used."""
     hub.repos[repo_id] = {}
     files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     pinned = hub.commit(repo_id, "main", files, "the model")
@@ -47,7 +47,7 @@ def put(hub, repo_id, folder):
 
 @pytest.fixture
 def pinned(hub, clip_folder, tmp_path):
-    """Commits of org/clip-gcl and of org/clip, a plain CLIP, on a Hub of this machine."""
+    """The commits of org/clip-gcl and of org/clip, a plain CLIP, on a Hub on this machine."""
     torch.manual_seed(3)
     model = GCLModel.from_encoder(str(clip_folder))
     for parameter in model.parameters():
@@ -100,11 +100,11 @@ def test_the_app_where_our_package_is_not(hub, pinned, tmp_path, monkeypatch, ca
 
 def test_what_a_space_cannot_load_is_refused_first(hub, pinned, clip_folder, tmp_path):
     for model, revision, message in (
-        (str(clip_folder), None, "is a folder, and a Space loads its models from the Hub: gcl push it"),
-        ("org/clip", pinned[1], "org/clip is no GCL checkpoint"),
-        ("org/absent", None, "the Hub does not give org/absent"),
-        ("org/clip-gcl", "absent", "the Hub does not give org/clip-gcl at absent"),
-        ("no id/at/all", None, "neither a folder nor an id of the Hub"),
+        (str(clip_folder), None, "is a folder, but a Space loads its models from the Hub: upload it with gcl push"),
+        ("org/clip", pinned[1], "org/clip is not a GCL checkpoint"),
+        ("org/absent", None, "the Hub has no org/absent, or you may not read it"),
+        ("org/clip-gcl", "absent", "the Hub has no org/clip-gcl at absent"),
+        ("no id/at/all", None, "neither a folder nor a Hub id"),
     ):
         with pytest.raises(ValueError, match=message):
             write_space(model, None, tmp_path / "space", name="pairs", revision=revision)

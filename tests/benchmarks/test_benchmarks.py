@@ -1,6 +1,8 @@
 """The benchmarks run, measure what they say, and refuse a variant that computes something else."""
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import adapters, loss, protocol, scaling, search, step
+from benchmarks import adapters, loss, measurement, scaling, search, step
 from modeling_gcl import gcl_loss
 
 BENCHMARKS = Path(loss.__file__).parent
@@ -17,16 +19,33 @@ BENCHMARKS = Path(loss.__file__).parent
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Workers' tasks done here, with short calibrations that always agree: seconds instead of minutes."""
-    monkeypatch.setattr(protocol, "gemm_rate", lambda device="cpu": 1e11)
+    monkeypatch.setattr(measurement, "gemm_rate", lambda device="cpu": 1e11)
     monkeypatch.setattr(loss, "run_worker", lambda script, task, **_: loss.work(**task))
     monkeypatch.setattr(loss, "count_flops", lambda variant: 36.0)
 
 
-@pytest.mark.parametrize("script", ["loss.py", "report.py", "search.py"])
-def test_scripts_start_from_any_folder(script, tmp_path):
-    run = subprocess.run([sys.executable, BENCHMARKS / script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+COMMANDS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_benchmark_starts_and_says_how(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: python -m benchmarks.{name} [-h]") and f"    python -m benchmarks.{name}" in shown
+
+
+def test_a_benchmark_starts_as_a_module():
+    command = [sys.executable, "-m", "benchmarks.loss", "--help"]
+    run = subprocess.run(command, cwd=measurement.ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "usage" in run.stdout
+
+
+def test_the_makefile_runs_benchmarks_that_exist():
+    named = re.findall(r"-m benchmarks\.(\w+)", (measurement.ROOT / "Makefile").read_text())
+    assert set(named) == set(COMMANDS)
 
 
 def test_every_variant_is_what_it_says(in_this_process, monkeypatch, tmp_path):
@@ -63,6 +82,12 @@ def test_the_gate_refuses_a_wrong_variant(wrong, monkeypatch):
         loss.gate(variant)
 
 
+def test_tiles_without_kernels_are_what_they_say():
+    """They run on CUDA only, but what they replace must exist."""
+    embeds, expected = loss.make_embeds(40, 8), loss.make_embeds(40, 8)
+    torch.testing.assert_close(loss.tiles_of_pytorch(embeds), loss.definition_of_gcl(expected).detach())
+
+
 def test_flops_are_counted_in_place_too():
     assert loss.count_flops(loss.autograd, 600, 16) == pytest.approx(54)
     assert 36 <= loss.count_flops(loss.tiles, 600, 16) < 40
@@ -77,7 +102,7 @@ def test_unknown_variants_are_named(monkeypatch, capsys):
 
 def test_a_step_is_measured_in_the_trainer(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(protocol, "gemm_rate", lambda device="cpu": 1e11)
+    monkeypatch.setattr(measurement, "gemm_rate", lambda device="cpu": 1e11)
     measured = step.TASKS["step"](tower="small", batch=8, chunk=None)
     assert measured["seconds"] > 0 and measured["bytes"] >= 0
 
@@ -96,7 +121,7 @@ def test_the_gate_of_a_step_refuses_another_gradient():
 def test_workers_of_the_shared_loss_run_under_torchrun(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     task = {"kind": "gate_shared_loss", "half_ring": True, "num_pairs": 50, "dim": 8}
-    assert protocol.run_worker(step.__file__, task, threads=1, processes=2)["gradient"] <= step.GATE_TOLERANCE
+    assert measurement.run_worker("benchmarks.step", task, threads=1, processes=2)["gradient"] <= step.GATE_TOLERANCE
 
 
 def test_the_model_counts_as_the_formulas_say():
@@ -119,7 +144,7 @@ def test_the_model_counts_as_the_formulas_say():
 
 
 def test_searches_are_measured_and_gated(monkeypatch, tmp_path):
-    monkeypatch.setattr(protocol, "gemm_rate", lambda device="cpu": 1e11)
+    monkeypatch.setattr(measurement, "gemm_rate", lambda device="cpu": 1e11)
     monkeypatch.setattr(search, "run_worker", lambda script, task, **_: getattr(search, task["task"])(**without(task)))
     out = tmp_path / "search.json"
     arguments = ["--candidates", "400", "--queries", "5", "--dim", "8", "--rounds", "1", "--out", str(out)]

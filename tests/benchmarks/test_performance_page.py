@@ -7,7 +7,7 @@ from PIL import Image
 
 from benchmarks import report
 from benchmarks.goals import GOALS, Goal
-from benchmarks.protocol import summarise
+from benchmarks.measurement import summarise
 
 PAGE = "a\n<!-- begin {} -->\nold\n<!-- end {} -->\nb\n"
 
@@ -65,25 +65,27 @@ def test_the_table_shows_medians_ratios_and_what_was_not_steady():
     assert "| autograd, one line | 600 ms, 1 MB, **3.00** | 9.6 s, 1 MB, **3.00** |" in made  # of 5, 3, 3
     assert "| open_clip × 3 | unsteady | unsteady |" in made
     assert "at commit 0123456: A processor, 2 cores, 2 threads" in made and "bfloat16 by emulation" in made
-    assert "torch 2.13.0" in made and "datasets" not in made and "left out: x" in made
+    assert "torch 2.13.0" in made and "datasets" not in made and "not installed: x" in made
 
 
 def test_gpus_are_not_timed_until_they_are():
-    assert "not timed yet" in report.render(PAGE.format("gpu", "gpu"), {})
+    assert "Not timed on GPUs yet" in report.render(PAGE.format("gpu", "gpu"), {})
     timed = loss_result() | {"device": "cuda", "dim": 768}
     timed["environment"]["gpus"] = ["A GPU"]
     made = report.render(PAGE.format("gpu", "gpu"), {"loss-cuda-768": timed})
-    assert "D = 768:" in made and "| tiles | 200 ms" in made and ": A GPU, " in made and "not timed" not in made
+    assert "D = 768:" in made and "| tiles | 200 ms" in made and ": A GPU, " in made and "Not timed" not in made
 
 
 def test_goals_are_judged_by_the_median_and_missing_ones_are_not():
     made = report.render(PAGE.format("goals", "goals"), {"loss": loss_result()})
     lines = {line.split(" | ")[0].strip("| "): line for line in made.splitlines() if line.startswith("|")}
     assert len(lines) == len(GOALS) + 2
-    assert "| 1.25 (0.62–1.88) | reached |" in lines["time by that of 36 N²D of matrix products, 4,096 pairs, fp32"]
+    assert (
+        "| 1.25 (0.62–1.88) | reached |" in lines["time relative to matrix products of 36 N²D flops, 4,096 pairs, fp32"]
+    )
     assert "| 3.00 (3.00–5.00) × faster | reached |" in lines["against autograd in one line, 4,096 pairs, fp32"]
-    assert "| 1.014 | reached |" in lines["counted flops by 36 N²D, 4,096 pairs"]
-    assert "| – | not measured |" in lines["GradCache's step by the plain step"]
+    assert "| 1.014 | reached |" in lines["counted flops relative to 36 N²D, 4,096 pairs"]
+    assert "| – | not measured |" in lines["a step with GradCache relative to the plain step"]
     slower = Goal("", "", None, at_least=1.3, aim=1.1, lower_is_better=True)
     assert [slower.verdict(x) for x in (1.0, 1.1, 1.2, 1.31)] == ["aim reached", "aim reached", "reached", "missed"]
     quicker = Goal("", "", None, at_least=1.5, aim=2, lower_is_better=False)

@@ -1,5 +1,7 @@
-"""ONNX graphs equal the model for any batch and text length; what can't be exported is refused. A CLIP with gates and
-centring goes through the command in test_doors.py."""
+"""ONNX graphs give the model's embeddings for any batch and text length; what can't be exported is refused.
+
+tests/publishing/test_doors.py runs the command, on a CLIP with gates and centring.
+"""
 
 import sys
 from dataclasses import replace
@@ -11,7 +13,7 @@ from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, Runtime
 
 from modeling_gcl import GCLModel
 from tests.support.backbones import FAMILIES, random_image, tiny_model, tiny_processor
-from universal_gcl.conversion.onnx_graphs import INPUTS, compare, convert_to_onnx, export_graph
+from universal_gcl.conversion.onnx_graphs import GRAPHS, compare, convert_to_onnx, export_graph
 from universal_gcl.publishing.model_folder import save_model_folder
 
 TEXTS = ["a", "a red dog on the grass", "two three one a house in the sky and a bird", "one two"]
@@ -19,7 +21,7 @@ TEXTS = ["a", "a red dog on the grass", "two three one a house in the sky and a 
 
 def check(session, model, processor, modality, longest, batch):
     rows = {"images": [random_image(index, (40, 30 + index)) for index in range(batch)], "text": TEXTS[:batch]}
-    given = {name: rows[name] for name in rows if name.startswith(INPUTS[modality])}
+    given = {name: rows[name] for name in rows if name.startswith(tuple(GRAPHS[modality]))}
     given |= {} if longest is None else {"max_length": longest}
     inputs = processor(**given, return_tensors="pt")
     with torch.no_grad():
@@ -30,7 +32,7 @@ def check(session, model, processor, modality, longest, batch):
 
 
 def one_layer(name):
-    """Traced in half the time."""
+    """A model with one layer per tower, which is traced in half the time."""
     family = FAMILIES[name]
     text, layer = family.text, {"num_hidden_layers": 1}
     text = (text[0], text[1] | layer) if isinstance(text, tuple) else text | layer
@@ -58,9 +60,9 @@ def test_native_fusion(tmp_path):
     for batch in (1, 4):
         check(session, model, processor, "fused", 12, batch)
     too_long = processor(images=[random_image(0)], text=[TEXTS[2] * 3], return_tensors="np")
-    with pytest.raises((RuntimeException, InvalidArgument)):  # no wrong vector
+    with pytest.raises((RuntimeException, InvalidArgument)):  # rather than a wrong vector
         session.run(None, dict(too_long))
-    # a graph of other weights than the model's is found out
+    # a graph with other weights than the model is refused
     with torch.no_grad():
         model.encoder.visual_projection.weight.neg_()
     with pytest.raises(ValueError, match=r"fused.onnx differs from the model by"):
@@ -73,7 +75,7 @@ def one_row():
 
 def test_naflex_is_refused_and_leaves_nothing(tmp_path):
     save_model_folder(tmp_path / "model", tiny_model("siglip2"), tiny_processor("siglip2"))
-    with pytest.raises(ValueError, match="torch cannot export Siglip2Model's image embeddings: "):
+    with pytest.raises(ValueError, match="torch can't export Siglip2Model's image embeddings: "):
         convert_to_onnx(tmp_path / "model", tmp_path / "onnx")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
@@ -85,7 +87,7 @@ def test_without_onnxruntime(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("modality", INPUTS)
+@pytest.mark.parametrize("modality", GRAPHS)
 @pytest.mark.parametrize("name", ["clip", "siglip", "vista-base", "vista-m3", "efficientnet + bert", "chinese_clip"])
 def test_families(name, modality, tmp_path):
     model, processor = tiny_model(name), tiny_processor(name)

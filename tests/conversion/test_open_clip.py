@@ -1,4 +1,4 @@
-"""gcl convert open-clip: open_clip's and TinyCLIP's features from a CLIPModel folder."""
+"""gcl convert open-clip: the CLIPModel gives the features of open_clip and TinyCLIP."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ IDS = torch.tensor([[1, 5, 7, END, END, END, END], [1, 3, 4, 2, 6, END, 0], [1, 
 def features(folder, pixels, input_ids):
     model = CLIPModel.from_pretrained(folder).eval()
     image = model.get_image_features(pixels).pooler_output
-    mask = torch.arange(input_ids.shape[1]) <= input_ids.argmax(1, keepdim=True)  # as a tokenizer marks the padding
+    mask = torch.arange(input_ids.shape[1]) <= input_ids.argmax(1, keepdim=True)  # as a tokenizer's mask
     return image, model.get_text_features(input_ids, attention_mask=mask.long()).pooler_output
 
 
@@ -149,7 +149,7 @@ def test_every_wrapper_and_format(tmp_path, tokenizer):
 
 
 def test_pads_of_either_kind_pool_alike(tmp_path):
-    """open_clip pads with 0, transformers' tokenizer with end of text: the first end of text counts."""
+    """open_clip pads with 0, transformers' tokenizer with the end-of-text token; the first one is pooled."""
     for pad in ("<pad>", "<end>"):
         clip_like_tokenizer(pad).save_pretrained(tmp_path / pad)
         (tmp_path / f"out{pad}").mkdir()
@@ -211,7 +211,7 @@ def test_padding_is_told(tmp_path, tokenizer):
     middle = random_state(heads=(1, 0, 1), mlps=(9, 0, 9))
     (tmp_path / "middle").mkdir()
     converted = assert_equals_reference(middle, tmp_path / "middle", tokenizer, True, tinyclip_names, quick_gelu=True)
-    assert any("layers [1] are pruned whole" in note for note in converted.notes)
+    assert any("layers [1] are pruned completely" in note for note in converted.notes)
     assert CLIPModel.from_pretrained(converted.folder).config.vision_config.num_hidden_layers == 2
 
 
@@ -254,7 +254,7 @@ def test_the_activation_is_not_guessed(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="pass --quick-gelu .* or --config open_clip_config.json"):
         convert(random_state(), tmp_path, tokenizer)
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_config(random_state(), True)}))
-    with pytest.raises(ValueError, match="which lies there"):
+    with pytest.raises(ValueError, match="which is in the same folder"):
         convert(random_state(), tmp_path, tokenizer)
     options = {"config": tmp_path / "open_clip_config.json"}
     assert_equals_reference(random_state(), tmp_path, tokenizer, True, **options)

@@ -1,4 +1,4 @@
-"""gcl convert open-clip: what it refuses, by name, without running a file's code or leaving anything."""
+"""gcl convert open-clip: the files that it refuses. It names the reason, runs no code and leaves nothing behind."""
 
 import os
 
@@ -12,7 +12,7 @@ from universal_gcl.conversion.open_clip import convert_open_clip
 
 
 def changed(**tensors):
-    """A state dict with other tensors, None for none; `__` stands for a dot."""
+    """`random_state` with some tensors replaced, or removed if None; `__` in a name stands for a dot."""
     state = random_state()
     for key, tensor in tensors.items():
         state[key.replace("__", ".")] = tensor
@@ -28,22 +28,22 @@ REFUSED = {
     ),
     "no scale": (changed(logit_scale=None), "lacks logit_scale"),
     "unknown": (changed(visual__transformer__resblocks__0__ls_1__gamma=torch.ones(64)), "no place for .*ls_1.gamma"),
-    "nan": (changed(token_embedding__weight=torch.full((END + 1, 64), torch.nan)), "token_embedding.weight holds NaN"),
-    "quantised": (changed(visual__proj=torch.ones(64, 12, dtype=torch.int8)), "visual.proj holds torch.int8"),
+    "nan": (changed(token_embedding__weight=torch.full((END + 1, 64), torch.nan)), "NaN or infinite.*token_embedding"),
+    "quantised": (changed(visual__proj=torch.ones(64, 12, dtype=torch.int8)), "hold integers: visual.proj"),
     "other width": (random_state() | {BLOCK + "ln_1.weight": torch.ones(60)}, f"{BLOCK}ln_1.weight has shape .60,."),
-    "head width": (random_state(heads=(2, 2), head_dim=40), "no multiple of the head width 64"),
+    "head width": (random_state(heads=(2, 2), head_dim=40), "not a multiple of the head width 64"),
     "values": (random_state() | {BLOCK + "attn.in_proj_weight": torch.ones(192, 64),
                                  BLOCK + "attn.in_proj_bias": torch.ones(192),
-                                 BLOCK + "attn.out_proj.weight": torch.ones(64, 32)}, "192 rows, not 3 x 32"),
+                                 BLOCK + "attn.out_proj.weight": torch.ones(64, 32)}, "192 rows together, not 3 x 32"),
     "grid": (changed(visual__positional_embedding=torch.ones(6, 64)), "visual.positional_embedding has 6 rows"),
-    "dims": (changed(text_projection=torch.ones(64, 13)), "visual.proj gives 12 dimensions, text_projection 13"),
+    "dims": (changed(text_projection=torch.ones(64, 13)), "visual.proj has 12 output dimensions, text_projection 13"),
     "twice": (tinyclip_names(random_state()) | {"logit_scale": torch.tensor(1.0)}, "logit_scale twice"),
     "resnet": (random_state() | {"visual.layer1.0.conv1.weight": torch.ones(1)}, "ModifiedResNet"),
     "timm": (random_state() | {"visual.trunk.cls_token": torch.ones(1)}, "timm"),
     "coca": (random_state() | {"text_decoder.ln_final.weight": torch.ones(1)}, "CoCa"),
     "transformers text": (random_state() | {"text.transformer.encoder.layer.0.x": torch.ones(1)}, "from transformers"),
     "masks": (tinyclip_names(random_state()) | {"_text_encoder.l0_module.hidden_loga": torch.ones(64)}, "prune_model"),
-    "wide": (random_state(width=1088), "heads is not in the file"),
+    "wide": (random_state(width=1088), "doesn't say how wide the image tower's heads are"),
     "no tensors": ({"state_dict": {"epoch": 3}}, "'epoch' is int"),
     "empty": ({}, "holds no state dict"),
 }  # fmt: skip
@@ -97,7 +97,7 @@ def write_torchscript(path):
         ("w.pt", write_torchscript, "TorchScript.*torch.jit.load"),
         ("w.bin", lambda path: path.write_text("version https://git-lfs.github.com/spec/v1"), "truncated or was not"),
         ("w.ckpt", lambda path: path.write_text(""), "must end in"),
-        ("w.pt", lambda path: None, "is no file"),
+        ("w.pt", lambda path: None, "is not a file"),
     ],
 )
 def test_reads_files_safely(filename, write, message, tmp_path, tokenizer, monkeypatch):
@@ -115,7 +115,7 @@ def test_reads_files_safely(filename, write, message, tmp_path, tokenizer, monke
         ("vision_cfg", {"pool_type": "avg"}, "vision_cfg.pool_type = 'avg'"),
         ("text_cfg", {"no_causal_mask": True}, "text_cfg.no_causal_mask"),
         ("text_cfg", {"pool_type": "eos", "eos_id": 2}, "text_cfg.pool_type"),
-        ("text_cfg", {"layers": 3}, "layers is 2, 3 by the config"),
+        ("text_cfg", {"layers": 3}, "layers is 2 in the file, but 3 in the config"),
         ("vision_cfg", {"image_size": 64}, "grid of 2 x 2"),
         ("vision_cfg", {"image_size": [16, 32]}, "not square"),
         (None, {"multimodal_cfg": {}}, "CoCa"),
@@ -130,12 +130,12 @@ def test_refuses_configs_by_setting(part, settings, message, tmp_path, tokenizer
 
 def test_tokenizers_that_do_not_fit(tmp_path, tokenizer):
     clip_like_tokenizer(end_first=True).save_pretrained(tmp_path / "first")
-    with pytest.raises(ValueError, match=f"ends texts with id 0, its highest id is {END}"):
+    with pytest.raises(ValueError, match=f"ends texts with id 0, but its highest id is {END}"):
         convert(random_state(), tmp_path, tmp_path / "first", quick_gelu=True)
-    with pytest.raises(ValueError, match=f"ids up to {END}, the text tower {END} embeddings"):
+    with pytest.raises(ValueError, match=f"ids up to {END}, but the text tower has {END} embeddings"):
         convert(random_state(vocabulary=END), tmp_path, tokenizer, quick_gelu=True)
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match="pass --tokenizer"):
+    with pytest.raises(ValueError, match="can't be loaded.*--tokenizer"):
         convert(random_state(), tmp_path, tmp_path / "nothing", quick_gelu=True)
 
 

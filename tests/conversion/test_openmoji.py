@@ -1,4 +1,4 @@
-"""The rasteriser on a made-up package of a few SVGs, the caption rules by hand, and the shipped files as they are."""
+"""The drawing of a made-up package of a few SVGs, the caption rules by hand, and the files in the repository."""
 
 import io
 import json
@@ -67,11 +67,11 @@ def test_writes_pairs(package, tmp_path):
     counts = openmoji.write_openmoji(package, tmp_path / "out", rasterise)
     assert counts == {
         "emoji without skin tones": 3,
-        "left out, drawn exactly like another": 1,
+        "left out, same drawing as another": 1,
         "entries": 2,
         "captions": 8,
         "captions shared with another entry": 0,
-        "entries whose captions restate the annotation": 0,
+        "entries whose captions repeat the annotation": 0,
         "train": 1,
         "test": 1,
     }
@@ -95,10 +95,10 @@ def test_same_command_same_bytes(package, tmp_path):
 def test_bad_input_is_named(package, tmp_path):
     svg = package / "color" / "svg" / "1F98A.svg"
     svg.write_text("<svg/>")
-    with pytest.raises(ValueError, match=r"1F98A\.svg cannot be drawn: not a square"):
+    with pytest.raises(ValueError, match=r"1F98A\.svg can't be drawn: not a square"):
         openmoji.write_openmoji(package, tmp_path / "out", rasterise)
     svg.unlink()
-    with pytest.raises(FileNotFoundError, match=r"1F98A\.svg is absent.*fox"):
+    with pytest.raises(FileNotFoundError, match=r"1F98A\.svg is missing.*fox"):
         openmoji.write_openmoji(package, tmp_path / "out", rasterise)
     with pytest.raises(FileNotFoundError, match="npm pack"):
         openmoji.write_openmoji(tmp_path / "out", tmp_path / "out", rasterise)

@@ -1,4 +1,4 @@
-"""A GCL-tuned CLIP is a CLIPModel again, temperature included, and nothing is lost without a word."""
+"""A GCL-tuned CLIP becomes a CLIPModel with its temperature; a model that would lose something is refused."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from universal_gcl.publishing.model_folder import save_model_folder
 
 @pytest.fixture
 def saved(tmp_path):
-    """A function that saves a tiny model and returns both."""
+    """A function that saves a tiny model and returns the model and its folder."""
 
     def save(name="clip", max_text_length=None, centring=False, **config):
         model, processor = tiny_model(name, **config), tiny_processor(name)
@@ -31,8 +31,9 @@ def test_features_and_logits_are_the_models_own(fusion, saved, tmp_path):
         model.logit_scale.log_scale.fill_(3.3)
         model.modality_means.fill_(0.1)
     model.save_pretrained(folder)
-    report = convert_to_clip(folder, tmp_path / "clip")
-    assert "1/temperature 27.11" in report and "left out: the modality means" in report
+    written = convert_to_clip(folder, tmp_path / "clip")
+    assert written.folder == tmp_path / "clip" and "1/temperature 27.11" in written.notes[0]
+    assert "left out: the modality means" in written.notes[2]
     clip, processor = CLIPModel.from_pretrained(tmp_path / "clip"), CLIPProcessor.from_pretrained(tmp_path / "clip")
     texts = ["a dog", "two birds in the sky and a red cat on grass"]
     images = [random_image(0), random_image(1)]
@@ -45,14 +46,14 @@ def test_features_and_logits_are_the_models_own(fusion, saved, tmp_path):
             "image_features": clip.get_image_features(inputs["pixel_values"]).pooler_output,
             "text_features": clip.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output,
         }
-    formula = report.splitlines()[1].split("does not make: ")[1]  # what the report says is what fuses
+    formula = written.notes[1].split("does not compute: ")[1]  # the note is right
     close = {"atol": 1e-6, "rtol": 0}
     torch.testing.assert_close(eval(formula, scope), expected.fused_embeds, **close)
     torch.testing.assert_close(found.image_embeds, expected.image_embeds, **close)
     torch.testing.assert_close(found.text_embeds, expected.text_embeds, **close)
     cosines = expected.text_embeds @ expected.image_embeds.T
     torch.testing.assert_close(found.logits_per_text, expected.logit_scale * cosines, atol=1e-5, rtol=1e-6)
-    # and back: a start for the next training, at the same temperature
+    # and back: the next training starts at the same temperature
     again = GCLModel.from_encoder(tmp_path / "clip")
     torch.testing.assert_close(again.logit_scale(), expected.logit_scale)
 
@@ -60,8 +61,8 @@ def test_features_and_logits_are_the_models_own(fusion, saved, tmp_path):
 @pytest.mark.parametrize(
     "settings, named",
     [
-        ({"name": "siglip"}, "wraps a 'siglip', not a 'clip'"),
-        ({"fusion": "gated_sum"}, r"no place for fusion='gated_sum' \(its learned gates\): its"),
+        ({"name": "siglip"}, "has a 'siglip' backbone: only a 'clip' can"),
+        ({"fusion": "gated_sum"}, r"can't hold fusion='gated_sum' \(its learned gates\), so its"),
         (
             {"centring": True, "text_pooling": "mean"},
             r"text_pooling='mean', centring=True \(the modality means\)",

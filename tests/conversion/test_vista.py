@@ -1,4 +1,4 @@
-"""The converter of VISTA's own checkpoints: what it writes embeds as the original does, and it refuses the rest."""
+"""gcl convert vista: the model gives the original's embeddings, and damaged or foreign files are refused."""
 
 import json
 import pickle
@@ -52,7 +52,7 @@ def original(tmp_path):
 
 
 def refused(message, file, tokenizer, tmp_path):
-    """The converter says `message`, and leaves nothing behind."""
+    """Checks that the converter raises `message` and leaves nothing behind."""
     before = sorted(tmp_path.iterdir())
     with pytest.raises((ValueError, OSError), match=message) as error:
         convert_vista(file, tmp_path / "out", tokenizer=tokenizer)
@@ -96,7 +96,8 @@ def test_encode_equals_the_slow_version(variant, dtype, original, tmp_path, monk
     pixels = processor(images=[image], return_tensors="pt")["pixel_values"][0]
     ids = processor.tokenizer(text)["input_ids"]
     assert len(ids) == 6
-    long = " ".join([text] * 12)  # cut by the processor to what the text encoder takes, by the model to what fits
+    # the processor cuts the long text to the text encoder's length, the model to what fits behind an image
+    long = " ".join([text] * 12)
     cut = processor(text=[long], return_tensors="pt")["input_ids"][0].tolist()
     assert len(cut) == {"base": 40, "m3": 38}[variant]
     rows = [{"image": image, "text": text}, {"image": image}, text, {"image": image, "text": long}, long]
@@ -108,7 +109,7 @@ def test_encode_equals_the_slow_version(variant, dtype, original, tmp_path, monk
 
 
 def test_images_are_prepared_as_by_the_original(original, tmp_path):
-    """Resize's shortest side by bicubic, CenterCrop, ToTensor and Normalize of torchvision, in plain PIL and numpy."""
+    """torchvision's Resize (shortest side, bicubic), CenterCrop, ToTensor and Normalize, in plain PIL and numpy."""
     convert_vista(*original()[:1], tmp_path / "out", tokenizer=original()[1])
     image = random_image(2, size=(50, 84))
     found = AutoProcessor.from_pretrained(tmp_path / "out")(images=[image], return_tensors="pt")["pixel_values"][0]
@@ -140,7 +141,7 @@ def test_rotary_tables_in_the_file_are_compared(original, tmp_path):
         tables[f"model_visual.visual.{name}.freqs_cos"] = angles.cos().half()
         tables[f"model_visual.visual.{name}.freqs_sin"] = angles.sin().half()
     file, tokenizer = original(state=tiny_state("base") | tables)
-    assert "model_visual.visual.blocks.1.attn.rope.freqs_sin" in convert_vista(file, tmp_path / "good", tokenizer)
+    assert "model_visual.visual.blocks.1.attn.rope.freqs_sin" in str(convert_vista(file, tmp_path / "good", tokenizer))
     tables["model_visual.visual.rope.freqs_sin"] = angles.cos().half()
     file, tokenizer = original(state=tiny_state("base") | tables)
     refused("visual.rope.freqs_sin is not the table of rotary positions", file, tokenizer, tmp_path)
@@ -152,7 +153,7 @@ class Code:
 
 
 def test_code_in_the_pickle_is_refused(original, tmp_path):
-    message = "original.pth holds Python objects beside tensors, whose loading could run code"
+    message = "original.pth holds Python objects other than tensors. Loading them could run code"
     file, tokenizer = original(state=tiny_state("base") | {"extra": Code()})
     refused(message, file, tokenizer, tmp_path)
     file.write_bytes(pickle.dumps(Code()))
@@ -165,12 +166,17 @@ def test_damaged_and_foreign_files_are_refused(original, tmp_path):
     for size in (len(whole) - 1, len(whole) // 2, 100, 0):
         file.write_bytes(whole[:size])
         refused(r"original\.pth (is truncated|holds Python objects)", file, tokenizer, tmp_path)
-    refused("absent.pth is no file", tmp_path / "absent.pth", tokenizer, tmp_path)
+    refused("absent.pth is not a file", tmp_path / "absent.pth", tokenizer, tmp_path)
     for value in ({}, [torch.zeros(2)], {"weights": tiny_state("base")}):
         file, tokenizer = original(state=value)
         refused("holds no state dict", file, tokenizer, tmp_path)
     file, tokenizer = original(state={"text_model.weight": torch.zeros(2)})
-    refused("is no VISTA checkpoint: it lacks bge_embeddings.word_embeddings.weight", file, tokenizer, tmp_path)
+    refused(
+        "original.pth: this is not a VISTA checkpoint, it lacks bge_embeddings.word_",
+        file,
+        tokenizer,
+        tmp_path,
+    )
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("notes.txt", "no tensors")
     refused("is truncated|holds Python objects", file, tokenizer, tmp_path)
@@ -183,19 +189,18 @@ def test_missing_keys_are_named_and_refused(original, tmp_path):
             continue
         state = {name: value for name, value in whole.items() if name != key}
         with pytest.raises(ValueError, match=key.replace(".", r"\.")):
-            config = vista.infer_config(state, "file")
-            vista.sort_keys(state, vista.key_names(config), "file")
+            vista.classify_keys(state, vista.key_names(vista.infer_config(state)))
     state = tiny_state("base")
     del state["bge_encoder.layer.1.output.dense.bias"]
     file, tokenizer = original(state=state)
-    refused("original.pth lacks bge_encoder.layer.1.output.dense.bias", file, tokenizer, tmp_path)
+    refused("original.pth: the file lacks bge_encoder.layer.1.output.dense.bias", file, tokenizer, tmp_path)
 
 
 def test_unknown_keys_are_reported_or_refused(original, tmp_path):
     file, tokenizer = original(state=tiny_state("base") | {"ema_step": torch.tensor(3)})
-    assert convert_vista(file, tmp_path / "good", tokenizer).endswith("unused (unknown to this converter): ema_step")
+    assert convert_vista(file, tmp_path / "good", tokenizer).notes[-1] == "unused (unknown to this converter): ema_step"
     file, tokenizer = original(state=tiny_state("base") | {"model_visual.visual.blocks.0.gamma_1": torch.ones(128)})
-    refused("layers have parts that VISTA's have not.*blocks.0.gamma_1", file, tokenizer, tmp_path)
+    refused("layers have parts that VISTA's layers don't have.*blocks.0.gamma_1", file, tokenizer, tmp_path)
 
 
 def test_values_and_shapes_are_checked(original, tmp_path):
@@ -203,33 +208,33 @@ def test_values_and_shapes_are_checked(original, tmp_path):
     state["model_visual.visual.blocks.1.attn.v_bias"][5] = torch.nan
     state["visual_proj.weight"][0, 0] = torch.inf
     file, tokenizer = original(state=state)
-    message = refused("damaged: not all values are finite", file, tokenizer, tmp_path)
+    message = refused("the file is damaged, these tensors hold NaN or infinite values", file, tokenizer, tmp_path)
     assert "blocks.1.attn.v_bias" in message and "visual_proj.weight" in message
     file, tokenizer = original(state=tiny_state("base") | {"visual_proj.bias": torch.zeros(64)})
-    refused("shapes that do not go together: visual_proj.bias", file, tokenizer, tmp_path)
+    refused("these tensors' shapes don't fit the others': visual_proj.bias", file, tokenizer, tmp_path)
     file, tokenizer = original(state=tiny_state("base") | {"model_visual.visual.pos_embed": torch.zeros(1, 18, 128)})
-    refused("pos_embed has 17 patches, which make no square", file, tokenizer, tmp_path)
+    refused("pos_embed has 17 patches, which is not a square number", file, tokenizer, tmp_path)
 
 
 def test_the_tokenizer_must_be_the_variants(original, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (m3, _), (_, base_tokenizer) = original("m3"), original("base", tiny_state("m3"))
-    refused("does not belong to .*xlm-roberta text encoder: its padding token's id: 0", m3, base_tokenizer, tmp_path)
+    refused("does not belong to .*xlm-roberta text encoder: its padding token id is 0", m3, base_tokenizer, tmp_path)
     (base, _), m3_tokenizer = original("base"), tmp_path / "m3_tokenizer"
-    refused("does not belong to .*a bert text encoder: its padding token's id: 1", base, m3_tokenizer, tmp_path)
+    refused("does not belong to .*a bert text encoder: its padding token id is 1", base, m3_tokenizer, tmp_path)
     tiny_tokenizer("base", 81).save_pretrained(tmp_path / "larger")
-    refused("its tokens: 81, the weights': 25", base, tmp_path / "larger", tmp_path)
+    refused("its vocabulary size is 81, but the weights need 25", base, tmp_path / "larger", tmp_path)
     (tmp_path / "empty").mkdir()
     for absent in (tmp_path / "empty", tmp_path / "nowhere"):
-        refused("is not to be had.*--tokenizer", base, absent, tmp_path)
+        refused("can't be loaded.*--tokenizer", base, absent, tmp_path)
     monkeypatch.setitem(vista.TOKENIZERS, "base", str(tmp_path / "nowhere"))
-    refused("is not to be had.*--tokenizer", base, None, tmp_path)
+    refused("can't be loaded.*--tokenizer", base, None, tmp_path)
 
 
 def test_integers_and_sparse_tensors_are_refused(original, tmp_path):
     state = tiny_state("base")
     key = "bge_embeddings.word_embeddings.weight"
-    refused(f"no floats, but integers .*{key}", *original(state=state | {key: state[key].char()}), tmp_path)
+    refused(f"hold integers: {key}", *original(state=state | {key: state[key].char()}), tmp_path)
     refused(f"{key} is a sparse", *original(state=state | {key: state[key].to_sparse()}), tmp_path)
 
 

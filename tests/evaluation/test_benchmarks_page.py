@@ -31,8 +31,8 @@ POOLS = (
 )  # fmt: skip
 RATES = (50, 200, 1000, 5000)  # rows a second
 SELF_CHECKS = (  # row of the paper's table 3, task, column of public weights
-    ("WebQA t>t", "webqa_task1"), ("MSCOCO i>t", "mscoco_task3"), ("MSCOCO t>i", "mscoco_task0"),
-    ("NIGHTS i>i", "nights_task4"), ("EDIS t>it", "edis_task2"), ("WebQA t>it", "webqa_task2"),
+    ("WebQA t→t", "webqa_task1"), ("MSCOCO i→t", "mscoco_task3"), ("MSCOCO t→i", "mscoco_task0"),
+    ("NIGHTS i→i", "nights_task4"), ("EDIS t→it", "edis_task2"), ("WebQA t→it", "webqa_task2"),
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def paper_markdown(name):
     columns, rows = paper_table(name)
     digits = 1 if name == "mmeb" else 2
     shown = [name.replace("_", " ").replace("CL+intra-modality-sep", "CL, intra-modality sep.") for name in columns]
-    lines = [[row.replace(">", "→"), *(f"{value:.{digits}f}" for value in values)] for row, values in rows.items()]
+    lines = [[row, *(f"{value:.{digits}f}" for value in values)] for row, values in rows.items()]
     if len(rows) > 4:
         means = [sum(column) / len(rows) for column in zip(*rows.values())]
         lines.append(["**average**", *(f"**{mean:.{digits}f}**" for mean in means)])
@@ -116,7 +116,7 @@ def self_checks_markdown():
     lines = [[task, f"{rows[row][clip]:.2f}"] for row, task in SELF_CHECKS]
     return (
         table(["CLIP ViT-L/14, local pool", "R@5 in %"], *lines)
-        + f"\nbge-base-en-v1.5, as text tower of VISTA, webqa_task1: {rows['WebQA t>t'][vista]:.2f} (2,239 of 2,455).\n"
+        + f"\nbge-base-en-v1.5, as text tower of VISTA, webqa_task1: {rows['WebQA t→t'][vista]:.2f} (2,239 of 2,455).\n"
     )
 
 

@@ -11,14 +11,9 @@ from PIL import Image
 from tests.support.planted import PlantedModel
 from universal_gcl.evaluation.benchmark import RetrievalTask, evaluate_tasks
 from universal_gcl.evaluation.benchmark_plots import RANK_BINS, direction_bars, first_rank_shares, rank_histogram
-from universal_gcl.evaluation.benchmark_report import (
-    comparison_markdown,
-    comparison_table,
-    figures,
-    mean_by_direction,
-    read_run,
-)
+from universal_gcl.evaluation.benchmark_report import comparison_markdown, comparison_table, mean_by_direction
 from universal_gcl.evaluation.commands.compare import compare, compare_variants
+from universal_gcl.evaluation.protocols import protocol_of, read_run, read_runs
 from universal_gcl.retrieval.embed import embed_rows
 
 POOLS = {"a": ["a1", "a2", "a3"], "b": ["b1", "b2"]}
@@ -58,11 +53,21 @@ def runs(tmp_path):
 
 
 def read(runs):
+    """The content of their results.json."""
     return {name: read_run(folder) for name, folder in runs.items()}
 
 
+def measured_of(runs):
+    """As tables and pictures take them."""
+    return {name: protocol_of(run).measured(run) for name, run in runs.items()}
+
+
+def table(runs):
+    return comparison_table(measured_of(runs))
+
+
 def test_table_by_hand(runs):
-    lines = [line.split() for line in comparison_table(read(runs)).splitlines()]
+    lines = [line.split() for line in table(read(runs)).splitlines()]
     # the bad model has a2 before a1 for q1, and b1 before b2 for q2
     assert lines[1:5] == [
         ["local", "fashioniq_task7", "it→i", "hit@10", "0.0", "100.0", "+100.0"],
@@ -71,7 +76,7 @@ def test_table_by_hand(runs):
         ["local", "mean", "hit@5,", "hit@10", "0.0", "100.0", "+100.0"],
     ]
     assert lines[8][:3] == ["global", "mean", "hit@50"] and len(lines) == 10
-    markdown = comparison_markdown(read(runs))
+    markdown = comparison_markdown(measured_of(read(runs)))
     assert "| local | cirr_task7 | it→i | hit@5 | 0.0 | 100.0 (+100.0) |" in markdown
     assert "| global | it→t | 0.0 | 100.0 (+100.0) |" in markdown  # means by direction, as one has two tasks
     assert {line.count("|") for line in markdown.splitlines() if line.startswith("|")} == {5, 7}
@@ -81,15 +86,15 @@ def test_means_weigh_tasks_equally_and_many_runs_fit(runs):
     one, other = read(runs).values()
     for name, value in (("fashioniq_task7", 0.2), ("cirr_task7", 0.6), ("oven_task6", 0.5)):
         other["result"]["tasks"][name]["global"]["hit@50"] = value
-    assert mean_by_direction(figures(other))["global"] == {"it→i": pytest.approx(40), "it→t": pytest.approx(50)}
-    last = comparison_table({"x": one, "y": other, "z": one}).splitlines()[-2].split()
+    means = mean_by_direction(measured_of({"other": other})["other"].figures)
+    assert means["global"] == {"it→i": pytest.approx(40), "it→t": pytest.approx(50)}
+    last = table({"x": one, "y": other, "z": one}).splitlines()[-2].split()
     assert last == ["global", "mean", "hit@50", "0.0", "43.3", "+43.3", "0.0", "+0.0"]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda run: run.update(protocol="mixbench"), "protocol differs, mbeir and mixbench"),
         (lambda run: run.update(limit=5), "limit differs, none and 5"),
         (lambda run: run.update(instructions=True), "instructions differs, none and True"),
         (lambda run: run["result"]["tasks"].pop("oven_task6"), r"the choice of tasks differs, 3 \(fashioniq_task7"),
@@ -103,7 +108,13 @@ def test_incomparable_runs_are_refused(runs, change, message):
     one, other = read(runs).values()
     change(other)
     with pytest.raises(ValueError, match=f"A and B are not comparable: .*{message}"):
-        comparison_table({"A": one, "B": other})
+        table({"A": one, "B": other})
+
+
+def test_runs_of_different_benchmarks_are_refused(runs, tmp_path):
+    (tmp_path / "results.json").write_text('{"protocol": "mixbench", "result": {"subsets": {"OVEN": {}}}}')
+    with pytest.raises(ValueError, match="bad and other are not comparable: protocol differs, mbeir and mixbench"):
+        read_runs(runs | {"other": tmp_path})
 
 
 def test_smoke_runs_and_skipped_rows_say_so(runs):
@@ -111,7 +122,8 @@ def test_smoke_runs_and_skipped_rows_say_so(runs):
     for run in both.values():
         run["limit"] = 3
         run["result"]["skipped"] = {"candidates/a": {"a9": "no such file"}}
-    assert "A smoke run: --limit 3" in comparison_table(both) and "1 rows were skipped" in comparison_markdown(both)
+    assert "A smoke run (--limit 3)" in table(both)
+    assert "1 rows were skipped" in comparison_markdown(measured_of(both))
 
 
 def test_what_is_no_run_is_named(tmp_path):
@@ -119,7 +131,7 @@ def test_what_is_no_run_is_named(tmp_path):
     with pytest.raises(ValueError, match="results.json: not JSON .*cut off"):
         read_run(tmp_path)
     (tmp_path / "results.json").write_text('{"protocol": "mteb", "result": {"a": 1}}')
-    with pytest.raises(ValueError, match="holds no result of mbeir, .*but of 'mteb'"):
+    with pytest.raises(ValueError, match="holds no result of pairs, mbeir, .*; its protocol is 'mteb'"):
         read_run(tmp_path / "results.json")
 
 
@@ -132,7 +144,7 @@ def test_other_benchmarks_have_tables_and_bars(tmp_path):
     one_set = {"category": "VQA", "precision@1": 0.5, "queries": 4, "candidates": 9, "distinct_candidates": 8}
     mmeb = {"version": 1, "instructions": True, "sets": {"OK-VQA": one_set}, "skipped": {}}
     mmeb = pair("mmeb", mmeb, lambda result: result["sets"]["OK-VQA"].update({"precision@1": 0.25}))
-    assert comparison_table(mmeb).splitlines()[1].split() == [
+    assert table(mmeb).splitlines()[1].split() == [
         "own",
         "OK-VQA",
         "VQA",
@@ -145,22 +157,23 @@ def test_other_benchmarks_have_tables_and_bars(tmp_path):
     hits = {"hit@1": 0.5, "hit@5": 1.0, "mrr@9": 0.7, "meanR3": 0.8}
     covr = {"rows": 3, "gallery": 3, "coverage": {}, "frames": {}, "source": {"squash": None}, "weighted": None}
     covr = pair("covr", covr | {"mean": hits}, lambda result: result["mean"].update({"hit@1": 0.6}))
-    assert [line.split()[-4:] for line in comparison_table(covr).splitlines()[1:3]] == [
+    assert [line.split()[-4:] for line in table(covr).splitlines()[1:3]] == [
         ["hit@1", "50.0", "60.0", "+10.0"], ["hit@5", "100.0", "100.0", "+0.0"],
     ]  # fmt: skip
-    assert mean_by_direction(figures(covr["B"])) == {"gallery, mean of frames": {"hit@1": 60.0, "hit@5": 100.0}}
+    means = mean_by_direction(measured_of(covr)["B"].figures)
+    assert means == {"gallery, mean of frames": {"hit@1": 60.0, "hit@5": 100.0}}
 
     subset = {"direction": "t→mixed", "queries": 9, "candidates": 9, "corpus": {}, "ndcg@10": 0.5}
     subset["by_target"] = {"image": {"ndcg@10": 0.1}, "text": {"ndcg@10": None}}
     mixed = pair("mixbench", {"subsets": {"OVEN": subset}, "skipped": {}}, lambda result: None)
-    assert [line.split("  ")[0] for line in comparison_table(mixed).splitlines()[1:3]] == [
+    assert [line.split("  ")[0] for line in table(mixed).splitlines()[1:3]] == [
         "mixed",
         "mixed, image relevant",
     ]
     for name, runs in {"mmeb": mmeb, "covr": covr, "mixbench": mixed}.items():
-        assert Image.open(direction_bars(runs, tmp_path / f"{name}.png")).size[0] > 500
+        assert Image.open(direction_bars(measured_of(runs), tmp_path / f"{name}.png")).size[0] > 500
     with pytest.raises(ValueError, match="covr keeps no ranks"):
-        rank_histogram(covr, {}, tmp_path / "ranks.png")
+        rank_histogram(measured_of(covr), {}, tmp_path / "ranks.png")
 
 
 def test_ranks_fall_into_their_bins():
@@ -173,7 +186,7 @@ def test_ranks_fall_into_their_bins():
 def test_pictures_show_the_figures_and_the_ranks(runs, tmp_path, monkeypatch):
     drawn, savefig = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *a, **o: (drawn.append(self), savefig(self, *a, **o)))
-    results = read(runs)
+    results = measured_of(read(runs))
     direction_bars(results, tmp_path / "bars.png")
     rank_histogram(results, {name: folder / "records" for name, folder in runs.items()}, tmp_path / "ranks.png")
     bars, ranks = drawn
@@ -194,15 +207,15 @@ def test_pictures_show_the_figures_and_the_ranks(runs, tmp_path, monkeypatch):
 
 
 def test_records_of_another_run_are_refused(runs, tmp_path):
-    results, folders = read(runs), {name: folder / "records" for name, folder in runs.items()}
+    results, folders = measured_of(read(runs)), {name: folder / "records" for name, folder in runs.items()}
     path = runs["good"] / "records" / "cirr_task7.global.jsonl"
     path.write_text(path.read_text() * 2)
     with pytest.raises(ValueError, match="records of 2 queries, results.json of 1"):
         rank_histogram(results, folders, tmp_path / "ranks.png")
     path.write_text('{"query": "q1", "ran')
-    with pytest.raises(ValueError, match="cirr_task7.global.jsonl, line 1: no record of a query"):
+    with pytest.raises(ValueError, match="cirr_task7.global.jsonl, line 1: not the record of a query"):
         rank_histogram(results, folders, tmp_path / "ranks.png")
-    with pytest.raises(ValueError, match="8 runs in one picture, but 7 colours"):
+    with pytest.raises(ValueError, match="8 runs are too many for one picture: there are 7 distinct colours"):
         direction_bars({str(n): results["good"] for n in range(8)}, tmp_path / "bars.png")
 
 
@@ -213,7 +226,7 @@ def test_the_command_writes_table_and_pictures(runs, tmp_path, capsys):
     (runs["bad"] / "records" / "cirr_task7.global.jsonl").unlink()
     compare([str(folder) for folder in runs.values()], tmp_path / "again", ("x", "y"))
     printed = capsys.readouterr()
-    assert "no ranks.png: 1 files of records are missing, e.g. " in printed.err and "hit@50" in printed.out
+    assert "ranks.png is not drawn: 1 files of records are missing, e.g. " in printed.err and "hit@50" in printed.out
     assert not (tmp_path / "again" / "ranks.png").exists()
 
 

@@ -2,11 +2,7 @@ import math
 
 import pytest
 
-from universal_gcl.evaluation.metrics import load_metric
-from universal_gcl.evaluation.metrics.hit_rate.hit_rate import hit_rate_at_k
-from universal_gcl.evaluation.metrics.mrr.mrr import mrr_at_k
-from universal_gcl.evaluation.metrics.ndcg.ndcg import ndcg_at_k
-from universal_gcl.evaluation.metrics.recall.recall import recall_at_k
+from universal_gcl.evaluation.metrics import hit_rate_at_k, load_metric, mrr_at_k, ndcg_at_k, recall_at_k
 
 # three queries by hand: relevant at rank 2; relevant at ranks 1 and 4; nothing relevant retrieved
 RANKINGS = [[7, 3, 5, 1], [2, 9, 8, 4], [5, 6, 7, 8]]
@@ -80,7 +76,7 @@ def test_bad_input_is_refused(metric):
 
 
 def test_ndcg_refuses_an_item_twice():
-    with pytest.raises(ValueError, match="ranking of query 0 holds an item twice"):
+    with pytest.raises(ValueError, match="query 0: its ranking holds an item twice"):
         ndcg_at_k([[1, 1]], [[1]], 2)
 
 

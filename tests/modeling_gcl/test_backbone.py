@@ -56,7 +56,7 @@ REFUSED = {
     "blip-2": (blip_2, "Blip2Model is no dual encoder .it has no text_model"),
     "flava": (flava, "FlavaModel is no dual encoder .it has no vision_model"),
     "xclip": (x_clip, "XCLIPModel is no dual encoder .it has no get_image_features"),
-    "aimv2": (aimv2, "Aimv2Model cannot be wrapped: .*a text's embedding would depend on its batch"),
+    "aimv2": (aimv2, "Aimv2Model cannot be wrapped: .*a text's embedding would depend on the rest of its batch"),
     "clip_text_model": (clip_text, "CLIPTextModel is no dual encoder .it has no get_image_features"),
 }
 

@@ -47,8 +47,8 @@ def test_the_instruction_goes_before_the_text(text, instruction, blank):
 @pytest.mark.parametrize(
     "value, message",
     [
-        ({"instruction": "Find a dog."}, "row 7 has an instruction and nothing it is for"),
-        ({"instruction": "Find a dog.", "text": " "}, "row 7 has an instruction and nothing it is for"),
+        ({"instruction": "Find a dog."}, "row 7 has an instruction and nothing else"),
+        ({"instruction": "Find a dog.", "text": " "}, "row 7 has an instruction and nothing else"),
         ({"text": "a", "instruction": ["b"]}, "row 7: instruction must be a str, got list"),
         ({"text": "a \ud83d"}, r"row 7: text holds '\\ud83d', half a character"),
         ({"image": b"x", "video": "x.mp4"}, "row 7 has both an image and a video"),

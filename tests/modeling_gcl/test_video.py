@@ -189,9 +189,9 @@ BAD_FILES = {
     "headless.mp4": (lambda path: cut(path, 0.5), "not a readable video .Invalid data"),
     "cut.mp4": (lambda path: cut(path, 0.6, format_options={"movflags": "faststart"}), "damaged or cut short"),
     "cut.avi": (lambda path: cut(path, 0.6, codec="mpeg4"), "not a readable video|damaged or cut short"),
-    "sound.mp4": (write_sound, "holds no video"),
-    "cover.aac": (lambda path: write_sound(path, cover=jpeg()), "holds no video"),
-    "no_frames.avi": (empty_avi, "holds no frames"),
+    "sound.mp4": (write_sound, "contains no video"),
+    "cover.aac": (lambda path: write_sound(path, cover=jpeg()), "contains no video"),
+    "no_frames.avi": (empty_avi, "contains no frames"),
 }
 
 

@@ -34,7 +34,7 @@ PAD = {"base": 0, "m3": 1}
 def tiny_vista(variant="base", patch_dropout=0.0, pooling="cls", **dropout):
     """The model of `tiny_state` in float32 and eval mode."""
     state = tiny_state(variant)
-    config = infer_config(state, variant)
+    config = infer_config(state)
     config.cls_token_id, config.sep_token_id = SlowVista(state).empty
     config.vision_config.patch_dropout, config.pooling = patch_dropout, pooling
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):

@@ -60,7 +60,7 @@ def test_the_command_adds_benchmarks_and_keeps_them(measured, folder):
     written = json.loads((measured / "mbeir" / "results.json").read_text())["result"]
     columns, paper = paper_table("mbeir_global")
     cirr = f"{100 * written['tasks']['cirr_task7']['global']['hit@50']:.2f}"
-    beside = " | ".join(f"{figure:.2f}" for figure in paper["CIRR it>i"])
+    beside = " | ".join(f"{figure:.2f}" for figure in paper["CIRR it→i"])
     assert f"| CIRR it→i | @50 | {cirr} | {beside} |" in text
     assert all(column.replace("_", " ") in text for column in columns)
     assert "### Nine directions on pairs.parquet" in text and "# tiny\n" in text
@@ -103,11 +103,14 @@ def change(values):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (change({"limit": 5}), "of the first 5 alone"),
-        (change({"protocol": "mteb"}), "holds no result of mbeir"),
+        (change({"limit": 5}), "a smoke run on the first 5 queries"),
+        (change({"protocol": "mteb"}), "holds no result of pairs, mbeir"),
         (change({"train_runtime": 1.0}), "is of a training run"),
         (change({"result": {"tasks": {}}}), "lacks a part"),
-        (lambda written: {name: value for name, value in written.items() if name != "fingerprint"}, "which model"),
+        (
+            lambda written: {name: value for name, value in written.items() if name != "fingerprint"},
+            "not name the model",
+        ),
         (lambda written: written | {"fingerprint": written["fingerprint"] | {"weights": "0" * 32}}, "of another model"),
     ],
 )
@@ -176,7 +179,7 @@ def covr():
 
 
 def test_each_benchmark_has_its_table():
-    theirs = " | ".join(f"{figure:.1f}" for figure in paper_table("mmeb")[1]["CIRR it>i"])
+    theirs = " | ".join(f"{figure:.1f}" for figure in paper_table("mmeb")[1]["CIRR it→i"])
     assert f"| it→i  CIRR | {theirs} | 25.0 |" in benchmark_markdown(mmeb())
     assert "| MSCOCO | 40.0 | 50.0 | 50.0 | 50.0 |" in benchmark_markdown(mixbench())
     assert "1 rows could not be read" in benchmark_markdown(mixbench())

@@ -1,5 +1,7 @@
-"""One saved folder gives the same vectors through every door, where our package cannot be imported; docs/use-a-model.md
-is what is run."""
+"""One saved folder gives the same vectors through every door, where our package can't be imported.
+
+The code that runs is that of docs/use-a-model.md.
+"""
 
 import re
 import sys
@@ -22,11 +24,11 @@ from universal_gcl.training.arguments import LoraArguments
 from universal_gcl.training.lora import add_lora
 
 PAGE = (Path(__file__).parents[2] / "docs/use-a-model.md").read_text()
-# NaFlex's further inputs and full-length texts, native fusion, mean pooling; "model" below has gates and centring
+# NaFlex's additional inputs and full-length texts, native fusion, mean pooling; "model" below has gates and centring
 OTHERS = ("siglip2", "vista-base", "efficientnet + bert")
 ROWS = [
     "a red dog",
-    "two birds in the sky and one cat on the green grass in a house flies runs",  # longer than the text towers take
+    "two birds in the sky and one cat on the green grass in a house flies runs",  # longer than the text towers accept
     {"image": "dog.jpg"},
     {"image": "wide.png"},
     {"image": "dog.jpg", "text": "in grass"},
@@ -53,7 +55,7 @@ def blocks(language):
 
 
 def small_clip(fusion, centre_on=()):
-    """One layer a tower, so that graphs are traced soon; gates that are not 1 and means that are not 0."""
+    """A CLIP with one layer per tower, which is traced fast; its gates are not 1, its modality means not 0."""
     torch.manual_seed(0)
     one_layer = {"num_hidden_layers": 1, "initializer_factor": 3.0}
     family = replace(FAMILIES["clip"], text=TEXT | one_layer, vision=VISION | one_layer)
@@ -67,7 +69,7 @@ def small_clip(fusion, centre_on=()):
 
 
 def small_lora():
-    """`tuned-by-lora`, whose adapter sits on `base`."""
+    """The model `tuned-by-lora`, whose adapter was trained on `base`."""
     save_model_folder("base", small_clip("gated_sum"), tiny_processor("clip"))
     adapted = add_lora(GCLModel.from_pretrained("base"), LoraArguments(r=4), str(Path("base").absolute()))
     for parameter in adapted.parameters():
@@ -78,10 +80,10 @@ def small_lora():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The photos that the page speaks of."""
+    """A folder with the photos that the page mentions."""
     folder = tmp_path_factory.mktemp("user")
     phone = Image.new("RGB", (40, 48)).getexif()
-    phone[0x0112] = 6  # lies on its side
+    phone[0x0112] = 6  # the photo lies on its side
     random_image(0).save(folder / "dog.jpg", exif=phone)
     random_image(1, (20, 70)).convert("P").save(folder / "wide.png")
     return folder
@@ -89,7 +91,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found_and_expected(folder):
-    """What the page's blocks and the loop above left, and what `encode` gives here."""
+    """The results of the page's code blocks and of the loop above, and what `encode` returns here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         models = {name: tiny_model(name) for name in OTHERS} | {"tuned-clip": small_clip("sum")}
@@ -114,7 +116,7 @@ def found_and_expected(folder):
 def test_folders(name, found_and_expected):
     found, expected = found_and_expected
     expected = expected | {"merged": expected["tuned-by-lora"]}
-    assert torch.pdist(expected[name]).min() > 1e-3  # rows that a mistake could not tell apart would prove nothing
+    assert torch.pdist(expected[name]).min() > 1e-3  # otherwise a mixed-up row would not be noticed
     for door in ("AutoModel", "SentenceTransformer"):
         torch.testing.assert_close(found[f"{name}: {door}"], expected[name], atol=1e-5, rtol=0)
 

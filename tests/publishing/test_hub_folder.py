@@ -64,12 +64,12 @@ def test_writing_again_replaces(folder, facts):
 def test_bad_input_is_named(folder, facts, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"save_pretrained"):
         write_hub_folder(tmp_path, facts=facts, recipe_text=RECIPE, results={})
-    with pytest.raises(ValueError, match="recipe_text is no YAML"):
+    with pytest.raises(ValueError, match="recipe_text is not YAML"):
         write_hub_folder(folder, facts=facts, recipe_text="a: [", results={})
     with pytest.raises(TypeError, match="must be a YAML mapping, got str"):
         write_hub_folder(folder, facts=facts, recipe_text="hub_configs/quickstart.yaml", results={})
     assert (folder / "README.md").read_text() == "an older card"  # refused before anything is touched
-    with pytest.raises(FileNotFoundError, match=r"pictures\['nine_way'\].*gone\.png is absent"):
+    with pytest.raises(FileNotFoundError, match=r"pictures\['nine_way'\].*gone\.png does not exist"):
         write_hub_folder(
             folder, facts=facts, recipe_text=RECIPE, results={}, pictures={"nine_way": tmp_path / "gone.png"}
         )

@@ -93,6 +93,16 @@ def test_zero_is_no_missing_fact(facts, tmp_path):
     assert write_card(tmp_path, replace(facts, seed=0, train_runtime=0.0, trained_parameters=0)).is_file()
 
 
+def test_a_loss_of_ones_own_is_described_and_cited(facts, tmp_path):
+    citation = "@article{me2026triplet,\n  title = {Triplets}\n}\n"
+    own = {"loss": "triplet", "loss_description": "triplets (arXiv 2601.00001)", "loss_citation": citation}
+    text = write_card(tmp_path, replace(facts, **own)).read_text()
+    assert "image-caption pairs with triplets (arXiv 2601.00001)." in text
+    citations = re.search(r"```bibtex\n(.*?)```", text, re.DOTALL)[1]
+    assert citations.count("@") == 2 and citations.endswith("}\n\n@article{me2026triplet,\n  title = {Triplets}\n}\n")
+    assert "@article" not in write_card(tmp_path, facts).read_text()
+
+
 def test_missing_keys_are_named(facts, tmp_path):
     with pytest.raises(ValueError, match=r"CardFacts\.size\['n_embedding_parameters'\]"):
         write_card(tmp_path, replace(facts, size={"n_parameters": 1}))
@@ -106,8 +116,8 @@ def test_missing_keys_are_named(facts, tmp_path):
 
 
 def test_wrong_facts_are_refused(facts, tmp_path):
-    with pytest.raises(ValueError, match="'triplet'.*gcl, cl, alignclip"):
-        write_card(tmp_path, replace(facts, loss="triplet"))
+    with pytest.raises(ValueError, match="loss_description.*'triplet'.*gcl, cl, alignclip"):
+        write_card(tmp_path, replace(facts, loss="triplet", loss_description=""))
     with pytest.raises(ValueError, match="'not a/hub/id' is no id on the Hub"):
         write_card(tmp_path, replace(facts, data=[DataSource(source="not a/hub/id", pairs=1, on_hub=True)]))
     with pytest.raises(ValueError, match="not comparable"):
@@ -174,7 +184,7 @@ def test_a_run_evaluated_only_after_training_says_so(facts, tmp_path):
     assert "after this training." in text and "before and after this training" not in text
     assert "| modality | after, % |" in text
     assert "was not evaluated before training" in text
-    with pytest.raises(ValueError, match="results_after beside results_before"):
+    with pytest.raises(ValueError, match="results_after if it has results_before"):
         write_card(tmp_path, replace(facts, results_after=None, eval_data=None))
 
 
@@ -184,4 +194,4 @@ def test_cuts_are_named_only_where_they_were_trained(tmp_path, facts):
     facts.matryoshka_dims = [256, 128, 64]
     write_card(tmp_path, facts)
     text = (tmp_path / "README.md").read_text()
-    assert "first 128, 64 dimensions, by `model.encode(..., truncate_dim=128)`" in text
+    assert "first 128, 64 dimensions: `model.encode(..., truncate_dim=128)`" in text

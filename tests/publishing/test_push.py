@@ -1,4 +1,4 @@
-"""Folders onto a Hub over real HTTP: whole, in one commit, whatever the network does; and off it again."""
+"""Pushing folders to a Hub over real HTTP: completely, in one commit, despite network faults; and loading them."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def folder(model, tmp_path):
 
 @pytest.fixture
 def push(hub, monkeypatch, capfd):
-    """`push_folder` to org/clip-gcl; `waits` are the pauses that it would have made."""
+    """`push_folder` to org/clip-gcl; `push.waits` are the pauses that it would have made."""
 
     def push(folder, repo_id="org/clip-gcl", token=TOKEN, **options):
         push.waits.clear()
@@ -99,10 +99,10 @@ def test_a_branch_leaves_main_alone(hub, push, folder):
 @pytest.mark.parametrize(
     ("fault", "one_of"),
     [
-        # cut off in the middle of the weights: this retry is huggingface_hub's own; ours where an old one has none
+        # the upload of the weights breaks off: huggingface_hub retries by itself; old versions don't, so that we do
         (("PUT", "/__lfs__/", None), [1.0, 2.0]),
         (("POST", "/commit/", 503), [2.0]),
-        (("POST", "/commit/", None, "after"), [2.0]),  # committed, but the answer was lost
+        (("POST", "/commit/", None, "after"), [2.0]),  # committed, but the answer is lost
         (("POST", "/commit/", 429, {"retry-after": "7"}), [7.0]),
         (("POST", "/api/repos/create", 500), [2.0]),
     ],
@@ -120,8 +120,8 @@ def test_faults_of_network_and_hub_are_outlived(hub, push, folder, fault, one_of
     ("status", "message"),
     [
         (403, "may not write to org/clip-gcl"),
-        (404, "is not there, or the token may not see it"),
-        (412, "has changed while"),
+        (404, "doesn't exist, or the token may not see it"),
+        (412, "somebody else has pushed to org/clip-gcl"),
     ],
 )
 def test_what_the_hub_refuses_changes_nothing_and_says_what_to_do(hub, push, folder, status, message):
@@ -137,7 +137,7 @@ def test_a_card_that_the_hub_refuses_is_not_pushed(hub, push, folder):
         push(folder)
     assert list(pushed(hub)) == []
     (folder / "README.md").write_text("---\ntags: [\n---\n")
-    with pytest.raises(ValueError, match="(?s)head of README.md can't be read.*Nothing was pushed"):
+    with pytest.raises(ValueError, match="(?s)top of README.md can't be read.*Nothing was pushed"):
         push(folder, "org/other")
     assert set(hub.repos) == {"org/clip-gcl"}
 
@@ -159,14 +159,14 @@ def test_evaluation_results_go_along_and_old_ones_leave(hub, push, folder):
 
 def test_a_hub_that_stays_down_is_given_up(hub, push, folder):
     hub.fail("POST", "/commit/", 503, times=5)
-    with pytest.raises(ConnectionError, match="failed 5 times, at last with status 503"):
+    with pytest.raises(ConnectionError, match="failed 5 times, the last time with status 503"):
         push(folder)
     assert push.waits == [2.0, 4.0, 8.0, 16.0] and list(pushed(hub)) == []
 
 
 def test_an_upload_that_never_ends_well_is_given_up(hub, push, folder):
     hub.fail("PUT", "/__lfs__/", None, times=1000)
-    with pytest.raises(ConnectionError, match="failed 5 times, at last with RemoteProtocolError"):
+    with pytest.raises(ConnectionError, match="failed 5 times, the last time with RemoteProtocolError"):
         push(folder)
     assert list(pushed(hub)) == []
 
@@ -176,8 +176,8 @@ def test_an_upload_that_never_ends_well_is_given_up(hub, push, folder):
     [
         ({"token": ""}, "run `hf auth login`, or set HF_TOKEN"),
         ({"token": "hf_wrong"}, "does not accept the token"),
-        ({"repo_id": "others/clip-gcl"}, "tester may not push to others/clip-gcl: the token's owners are tester, org"),
-        ({"repo_id": "clip-gcl"}, "'clip-gcl' names no owner"),
+        ({"repo_id": "others/clip-gcl"}, "tester may not push to others/clip-gcl, only to repositories of tester, org"),
+        ({"repo_id": "clip-gcl"}, "'clip-gcl' has no owner"),
         ({"repo_id": "org/a b"}, "no id on the Hub"),
     ],
 )
@@ -203,17 +203,17 @@ def link_adapter(folder):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (spoil_config, "no GCL checkpoint but a 'clip' model"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is no JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "no GCL checkpoint but a None model"),
+        (spoil_config, "not a GCL checkpoint but a 'clip' model"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "not a GCL checkpoint but a None model"),
         (lambda folder: (folder / "model.safetensors.index.json").write_text("{"), "index.json is damaged"),
-        (cut_off_weights, "model.safetensors is damaged or cut off"),
-        (link_adapter, "adapter is a link to a folder, which is not followed: copy its files there"),
-        (lambda folder: (folder / "config.json").unlink(), "is no model folder: there is no config.json"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "is not complete: there is no model.safetensors"),
-        (lambda folder: (folder / "README.md").unlink(), "is not complete: there is no README.md"),
-        (lambda folder: (folder / "README.md").rename(folder / "card.json"), "README.md. Write it by `gcl card "),
-        (lambda folder: (folder / "a.json.partial").touch(), "written in part, a.json.partial"),
+        (cut_off_weights, "model.safetensors is damaged or truncated"),
+        (link_adapter, "adapter is a link to a folder, which is not followed: copy the files instead"),
+        (lambda folder: (folder / "config.json").unlink(), "is not a model folder: it has no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "is not complete: it lacks model.safetensors"),
+        (lambda folder: (folder / "README.md").unlink(), "is not complete: it lacks README.md"),
+        (lambda folder: (folder / "README.md").rename(folder / "card.json"), "README.md. Write it with `gcl card "),
+        (lambda folder: (folder / "a.json.partial").touch(), "not written completely, a.json.partial"),
     ],
 )
 def test_folders_that_are_not_whole_are_refused_before_the_hub_is_asked(folder, spoil, message):

@@ -1,7 +1,8 @@
-"""Embeds the rows of `make_rows` into a folder; a file says how many contents were embedded, call by call.
+"""Embeds the rows of `make_rows` into a folder, and logs how many contents each call of `encode` got.
 
-Arguments: folder, log, folder of images, and how: "once", "killed" (forks that are killed, until one comes through), or
-"failing" (process 1 of a launch fails). In a launch every process asserts the world size and has a log of its own.
+Arguments: the folder, the log, the folder of images, and the mode: "once", "killed" (forks are killed until one
+finishes), or "failing" (process 1 of a launch fails). In a launch, each process asserts the world size and has its own
+log.
 """
 
 import os
@@ -19,7 +20,7 @@ from universal_gcl.retrieval.embed import embed_rows
 
 
 def make_rows(folder):
-    """(id, row)s of all kinds; some contents twice."""
+    """Rows of all kinds, with their ids. Some contents occur twice."""
     rows = []
     for number in range(12):
         image = folder / f"{number}.png"
@@ -34,7 +35,7 @@ def make_rows(folder):
 
 
 class CountingModel(GCLModel):
-    """Notes how many rows each call of `encode` got."""
+    """Records how many rows each call of `encode` got."""
 
     @classmethod
     def wrap(cls, model, log=None):
@@ -61,7 +62,7 @@ def embed(folder, log, images, **options):
 
 def embed_killed(folder, log, images):
     """Prints the number of complete shards after each kill."""
-    torch.set_num_threads(1)  # OpenMP's threads would not live in a fork
+    torch.set_num_threads(1)  # OpenMP's threads don't survive a fork
     rng = np.random.default_rng(0)
     for attempt in range(60):
         before = num_shards(folder)
@@ -92,7 +93,7 @@ def num_shards(folder):
 
 
 def kill_at_rename(number, before):
-    """This process, at that call of os.replace."""
+    """Kill this process at the given call of os.replace."""
     replace, calls = os.replace, []
 
     def counted(*args):

@@ -1,4 +1,4 @@
-"""Embeddings on disk: what `encode` gives, once for each content, whatever happens on the way."""
+"""embed_rows writes the embeddings that `encode` returns, one for each content, also after kills and errors."""
 
 import json
 import os
@@ -13,7 +13,8 @@ import torch
 from modeling_gcl import GCLModel, ImageError
 from tests.retrieval.embed_worker import CountingModel, make_rows
 from tests.support.backbones import random_image, tiny_encoder, tiny_processor
-from universal_gcl.retrieval.embed import _unique, embed_rows
+from universal_gcl.retrieval.contents import distinct_contents
+from universal_gcl.retrieval.embed import embed_rows
 from universal_gcl.retrieval.fingerprint import model_fingerprint, same_model
 from universal_gcl.retrieval.store import Store, Vectors
 
@@ -79,7 +80,7 @@ def test_unique_contents_are_those_of_the_smallest_ids(seed):
     rng = np.random.default_rng(seed)
     contents = (rng.integers(0, 2, (200, 16)) * (np.arange(16) < 5)).astype(np.uint8)
     ids = [str(number) for number in rng.permutation(200)]
-    first, place = _unique(contents, ids)
+    first, place = distinct_contents(contents, ids)
     seen = {}
     for number in sorted(range(200), key=lambda number: ids[number]):
         if contents[number].any():
@@ -99,7 +100,8 @@ def test_a_second_call_embeds_nothing_and_workers_change_nothing(model, rows, tm
 
 
 def test_after_kills_the_result_is_the_same_and_nothing_whole_is_embedded_twice(model, rows, tmp_path):
-    """SIGKILL at random and between writing and renaming, until one run comes through; all say what they embedded."""
+    """Runs are killed by SIGKILL, at random and between writing and renaming, until one finishes. All record what they
+    embedded."""
     whole = embed_rows(*model, rows, tmp_path / "whole", shard_rows=2)
     images = Path(rows[0][1]["image"]).parent
     run = subprocess.run(
@@ -112,7 +114,7 @@ def test_after_kills_the_result_is_the_same_and_nothing_whole_is_embedded_twice(
     assert len(complete) > 4 and complete == sorted(complete) and 0 < complete[2] < len(whole.manifest["shards"])
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
     embedded = sum(map(int, (tmp_path / "log").read_text().split()))
-    # the two rows of a shard may have been in flight at each kill
+    # each kill can lose one shard, which has two rows
     assert len(whole.vectors) < embedded <= len(whole.vectors) + 2 * len(complete)
 
 
@@ -157,7 +159,7 @@ def test_the_fingerprint_follows_what_changes_embeddings(model, tmp_path):
     gcl, processor = model
     gcl.save_pretrained(tmp_path)
     base = model_fingerprint(gcl, processor)
-    processor(text=["a dog", "a"], return_tensors="pt", padding="longest")  # leaves its state in the tokenizer
+    processor(text=["a dog", "a"], return_tensors="pt", padding="longest")  # changes the state of the tokenizer
     processor.tokenizer("a red dog runs", truncation=True, max_length=3)
     loaded = GCLModel.from_pretrained(tmp_path).eval()
     again = model_fingerprint(loaded, processor)
@@ -194,7 +196,7 @@ def test_rows_that_cannot_be_read_are_skipped_and_named(model, tmp_path, caplog)
     assert "none.png: no such file" in store.skipped["missing"]
     assert "bad.png" in store.skipped["bad"] and store.skipped["bad again"] == store.skipped["bad"]
     assert "neither an image nor a text" in store.skipped["empty"]
-    assert "4 of 6 rows skipped; the first, 'missing'" in caplog.text
+    assert "4 of 6 rows were skipped; the first, 'missing'" in caplog.text
     expected = model[0].encode([rows[1][1], rows[4][1]], model[1]).numpy()
     assert np.abs(store.embeddings([1, 4]) - expected).max() < 1e-3
     with pytest.raises(ValueError, match="row 'bad' has no embedding: .*bad.png"):
@@ -246,7 +248,9 @@ def test_broken_embeddings_are_refused(tmp_path):
         embed_rows(gcl, processor, [("i", random_image(0)), ("b", "a dog")], tmp_path)
     assert not list(tmp_path.glob("*.npy"))
     mended = [("i", random_image(0)), ("b", "a red dog")]
-    assert len(embed_rows(*make_model(), mended, tmp_path, truncate_dim=8)) == 2  # nothing was embedded: all may change
+    assert (
+        len(embed_rows(*make_model(), mended, tmp_path, truncate_dim=8)) == 2
+    )  # nothing was embedded before, so everything may change
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "ids.json", "rows.npy", "vectors-00000.npy"])
@@ -266,7 +270,7 @@ def test_damaged_files_are_named(name, model, rows, tmp_path):
 
 def test_rows_are_read_lazily(model, tmp_path):
     class Rows:
-        """Makes rows as they are asked for, and counts how many are alive."""
+        """Makes a row when it is read, and counts how many rows are alive."""
 
         def __len__(self):
             return 100

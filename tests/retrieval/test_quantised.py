@@ -1,4 +1,4 @@
-"""The int8 form of a store: made once, only of these vectors, whole or not at all."""
+"""The int8 codes of a store are computed once, belong to its vectors, and are complete or absent."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 from tests.retrieval.test_run import write_store
 from universal_gcl.retrieval import quantised as module
 from universal_gcl.retrieval import screening
-from universal_gcl.retrieval.quantised import Streamed, forget, quantised
+from universal_gcl.retrieval.quantised import StreamedCodes, delete_codes, saved_codes
 from universal_gcl.retrieval.run import search
 from universal_gcl.retrieval.search import exact_top_k
 from universal_gcl.retrieval.store import Store
@@ -28,9 +28,9 @@ def small(monkeypatch):
 
 @pytest.fixture
 def made(monkeypatch):
-    """How often rows were quantised: a list that grows."""
-    calls, part = [], Streamed.part
-    monkeypatch.setattr(Streamed, "part", lambda *args: calls.append(args) or part(*args))
+    """A list with one entry for each part of a pool whose codes were computed."""
+    calls, part = [], StreamedCodes.part
+    monkeypatch.setattr(StreamedCodes, "part", lambda *args: calls.append(args) or part(*args))
     return calls
 
 
@@ -66,7 +66,7 @@ def test_a_pool_is_quantised_by_its_first_search_only(tmp_path, made):
     assert {"codes.npy", "codes.safetensors"} < names and not any("partial" in name for name in names)
     assert np.load(pool.folder / "codes.npy").shape == (1501, 24)
     assert not (queries.folder / "codes.npy").exists()
-    forget(pool.folder)
+    delete_codes(pool.folder)
     assert {path.name for path in pool.folder.iterdir()} == names - {"codes.npy", "codes.safetensors"}
     assert_exact(search(queries, pool, 5), queries, pool)
     assert len(made) == 16
@@ -74,17 +74,19 @@ def test_a_pool_is_quantised_by_its_first_search_only(tmp_path, made):
 
 def test_what_is_kept_describes_the_vectors(tmp_path):
     pool = make_pool(tmp_path / "p")
-    kept, vectors = quantised(pool), torch.from_numpy(pool.vectors[:]).double()
+    kept, vectors = saved_codes(pool), torch.from_numpy(pool.vectors[:]).double()
     codes, lengths = kept.part(0, len(pool))
     assert codes.abs().max() <= 127 and (codes[:, 19:] == 0).all()
     residual = vectors - kept.mean - kept.scale.double() * codes[:, :19]
-    assert (residual.abs() <= 0.5001 * kept.scale).float().mean() > 0.99  # else clipped, beyond the sample
+    assert (
+        residual.abs() <= 0.5001 * kept.scale
+    ).float().mean() > 0.99  # the rest is clipped, as it is outside the range of the sample
     expected = torch.stack([codes.double().norm(dim=1), residual.norm(dim=1), vectors.norm(dim=1)])
     assert torch.allclose(lengths.double(), expected, rtol=1e-3)
 
 
 def other_vectors(folder):
-    """Those of another pool, of as many rows, under the same manifest."""
+    """Replace the vectors by those of another pool of the same size, and keep the manifest."""
     make_pool(folder / "other", seed=1)
     for path in (folder / "other").glob("vectors-*.npy"):
         shutil.copy(path, folder / path.name)
@@ -124,11 +126,13 @@ def test_a_folder_that_cannot_be_written_is_searched_all_the_same(tmp_path, monk
 
     monkeypatch.setattr(module, "write_whole", refuse)
     assert_exact(search(queries, pool, 5), queries, pool)
-    assert re.search(r"p: its int8 form can't be kept and is made in each search \(.*Permission denied", caplog.text)
+    assert re.search(
+        r"p: the int8 codes can't be saved, so each search computes them \(.*Permission denied", caplog.text
+    )
 
 
 def test_nothing_half_written_is_left(tmp_path, monkeypatch):
-    pool, part = make_pool(tmp_path / "p"), Streamed.part
+    pool, part = make_pool(tmp_path / "p"), StreamedCodes.part
 
     def stop(self, start, stop):
         if start == 400:
@@ -136,7 +140,7 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
         return part(self, start, stop)
 
     before = {path.name for path in pool.folder.iterdir()}
-    monkeypatch.setattr(Streamed, "part", stop)
+    monkeypatch.setattr(StreamedCodes, "part", stop)
     with pytest.raises(KeyboardInterrupt):
-        quantised(pool)
+        saved_codes(pool)
     assert {path.name for path in pool.folder.iterdir()} == before

@@ -1,4 +1,4 @@
-"""Search over stores: equal to a full sort of all rows; and runs as files."""
+"""Search over stores gives the same result as sorting all rows, and a run can be saved and loaded."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def write_store(folder, ids, rows, vectors, shards=1, **changes):
 
 
 def make_store(folder, rng, num_rows, prefix, **options):
-    """Vectors of -1, 0, 1: ties are the rule; several rows of one, in the order of smallest ids; rows without."""
+    """A store with vectors of -1, 0 and 1, so that most scores are tied. Some rows share a vector, some have none."""
     num_vectors = int(rng.integers(1, num_rows + 1))
     rows = np.concatenate([np.arange(num_vectors), rng.integers(-1, num_vectors, num_rows - num_vectors)])
     rng.shuffle(rows)
@@ -91,11 +91,11 @@ def test_from_rows_to_a_run(tmp_path):
 
 
 def test_a_result_does_not_depend_on_the_order_of_rows(tmp_path):
-    """Equal contents tie, and here all contents do; k cuts through."""
+    """All scores are equal here, and k is smaller than the number of candidates."""
     model, processor = GCLModel.from_encoder(tiny_encoder("clip")).eval(), tiny_processor("clip")
     norm = model.encoder.text_model.final_layer_norm
     norm.weight.data.zero_()
-    norm.bias.data.fill_(1)  # all texts embed alike, to the last bit
+    norm.bias.data.fill_(1)  # now all texts have the same embedding, bit for bit
     rows = [(f"{n % 4}-{n}", {"text": " ".join(["dog"] * (1 + n % 6))}) for n in range(30)]
     queries = embed_rows(model, processor, [("q", "a red dog")], tmp_path / "queries")
     shuffled = [rows[n] for n in np.random.default_rng(0).permutation(len(rows))]
@@ -139,5 +139,5 @@ def test_other_files_are_no_runs(tmp_path):
     from safetensors.numpy import save_file
 
     save_file({"x": np.zeros(1)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match="is no result of a search"):
+    with pytest.raises(ValueError, match="is not the result of a search"):
         Run.load(tmp_path / "x.safetensors")

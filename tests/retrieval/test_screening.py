@@ -1,4 +1,4 @@
-"""Screened search equals the exact one to the bit, whatever the pool; and screens where it can."""
+"""Screened search equals exact search bit for bit on all kinds of pools, and it does discard candidates."""
 
 import threading
 
@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from universal_gcl.retrieval import quantised, screening
-from universal_gcl.retrieval.quantised import Kept, Streamed
+from universal_gcl.retrieval.quantised import SavedCodes, StreamedCodes
 from universal_gcl.retrieval.screening import screened_top_k
 from universal_gcl.retrieval.search import exact_top_k
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Pools of a thousand candidates are large already, blocks are small enough for several of each kind."""
+    """Smaller limits, so that a thousand candidates are a large pool with several blocks."""
     monkeypatch.setattr(screening, "_MIN_CANDIDATES", 0)
     monkeypatch.setattr(screening, "_MIN_SAMPLE", 64)
     monkeypatch.setattr(quantised, "_SAMPLE", 64)
@@ -35,12 +35,12 @@ def sphere(rng, n, dim):
 
 
 def cone(rng, n, dim):
-    """As towers embed: all are alike to a cosine of 0.9."""
+    """Like the embeddings of one tower: the cosine of two vectors is about 0.9."""
     return F.normalize(torch.ones(dim) / dim**0.5 + 0.3 * sphere(rng, n, dim), dim=1)
 
 
 def needle(rng, n, dim):
-    """All are alike to a cosine of 0.99999: float32 can hardly tell them apart."""
+    """The cosine of two vectors is about 0.99999, which float32 can hardly resolve."""
     return F.normalize(torch.ones(dim) / dim**0.5 + 0.003 * sphere(rng, n, dim), dim=1)
 
 
@@ -53,12 +53,12 @@ def all_equal(rng, n, dim):
 
 
 def integers(rng, n, dim):
-    """Ties are the rule, zero vectors happen."""
+    """Most scores are tied, and some vectors are zero."""
     return torch.from_numpy(rng.integers(-1, 2, (n, dim))).float()
 
 
 def uneven(rng, n, dim):
-    """Few dimensions hold all that varies."""
+    """Only a few dimensions vary."""
     return sphere(rng, n, dim) * torch.logspace(0, -6, dim)
 
 
@@ -75,7 +75,7 @@ def zeros(rng, n, dim):
 
 
 def sorted_by_score(rng, n, dim):
-    """Worst first: what is seen early says little."""
+    """The worst candidates come first, so that the first bounds are loose."""
     rows = sphere(rng, n, dim)
     return rows[(rows @ torch.ones(dim)).argsort()]
 
@@ -88,16 +88,16 @@ POOLS = (sphere, cone, needle, duplicates, all_equal, integers, uneven, outlier,
 
 
 def kept(candidates):
-    pool = Streamed(candidates)
+    pool = StreamedCodes(candidates)
     codes, lengths = pool.part(0, len(candidates))
-    return Kept(codes, lengths, pool.mean, pool.scale)
+    return SavedCodes(codes, lengths, pool.mean, pool.scale)
 
 
 def assert_equal(queries, candidates, k, **options):
-    """Of a pool that is quantised as the search goes, and of one that is kept."""
+    """Checks a search that computes the codes, and one with codes computed before."""
     expected = exact_top_k(queries, candidates, k)
     for pool in (None, kept(candidates)):
-        found = screened_top_k(queries, candidates, k, quantised=pool, **options)
+        found = screened_top_k(queries, candidates, k, codes=pool, **options)
         assert torch.equal(found[1], expected[1]) and torch.equal(found[0], expected[0])
         assert found[0].dtype == torch.float32 and found[1].dtype == torch.int64
 
@@ -118,7 +118,9 @@ def test_equals_the_exact_search(pool, data):
         rows = rows.half().float() if rows.abs().max() < 6e4 else rows
     queries, candidates = rows[count:], rows[:count]
     if data.draw(st.booleans()):
-        queries = candidates[torch.from_numpy(rng.integers(0, count, num_queries))]  # as in i→i, each finds itself
+        queries = candidates[
+            torch.from_numpy(rng.integers(0, count, num_queries))
+        ]  # each query finds itself, as in i→i
     threads = torch.get_num_threads()
     torch.set_num_threads(data.draw(st.sampled_from((1, 3))))
     assert_equal(queries, candidates, k, chunk_size=data.draw(st.integers(1, count + 2)))
@@ -159,13 +161,13 @@ def test_threads_are_torchs_and_given_back():
 
 
 def test_few_candidates_are_scored_exactly(monkeypatch):
-    """Without this, a screen that lets all through would pass every test above."""
+    """Without this test, a screen that discards nothing would pass all tests above."""
     scored, whole = [], []
-    keys_of, add_all = screening.keys_of, screening._Found.add_all
+    keys_of, add_all = screening.keys_of, screening._Results.add_all
     monkeypatch.setattr(screening, "keys_of", lambda *args: scored.append(len(args[1])) or keys_of(*args))
-    monkeypatch.setattr(screening._Found, "add_all", lambda *args: whole.append(args) or add_all(*args))
+    monkeypatch.setattr(screening._Results, "add_all", lambda *args: whole.append(args) or add_all(*args))
     rng, threads = np.random.default_rng(0), torch.get_num_threads()
-    torch.set_num_threads(1)  # each thread finds its own k best before they are joined
+    torch.set_num_threads(1)  # with more threads, each one finds its own k best first
     for pool in (sphere, cone, uneven):
         queries, candidates = pool(rng, 30, 64), pool(rng, 4000, 64)
         assert_equal(queries, candidates, 5, chunk_size=1000)
@@ -175,13 +177,15 @@ def test_few_candidates_are_scored_exactly(monkeypatch):
     assert not whole
 
 
-def test_what_is_pending_is_settled_before_it_grows(monkeypatch):
+def test_what_is_pending_is_score_pendingd_before_it_grows(monkeypatch):
     settled = []
-    settle = screening._Found._settle
-    monkeypatch.setattr(screening._Found, "_settle", lambda self: settled.append(self.num_pending) or settle(self))
+    settle = screening._Results._score_pending
+    monkeypatch.setattr(
+        screening._Results, "_score_pending", lambda self: settled.append(self.num_pending) or settle(self)
+    )
     monkeypatch.setattr(screening, "_MAX_PENDING", -60)
     rng = np.random.default_rng(0)
-    queries = 0.1 * sphere(rng, 10, 16) + torch.ones(16)  # the pool is sorted for all of them
+    queries = 0.1 * sphere(rng, 10, 16) + torch.ones(16)  # the pool is sorted for all queries
     assert_equal(queries, sorted_by_score(rng, 3000, 16), 20, chunk_size=200)
     assert len(settled) > 2
 
@@ -200,7 +204,7 @@ def test_broken_input_is_named_as_in_the_exact_search():
         with pytest.raises(ValueError, match="candidates row 333 holds NaN or infinite"):
             screened_top_k(rows[:4], broken, 1, chunk_size=100)
         with pytest.raises(ValueError, match="candidates row 333 holds NaN or infinite"):
-            screened_top_k(rows[:4], broken, 1, quantised=kept(broken), chunk_size=100)
+            screened_top_k(rows[:4], broken, 1, codes=kept(broken), chunk_size=100)
 
 
 def test_faiss_finds_the_same():
@@ -211,5 +215,5 @@ def test_faiss_finds_the_same():
     expected_scores, expected = index.search(queries, 10)
     scores, found = screened_top_k(queries, candidates, 10)
     assert np.abs(scores.numpy() - expected_scores).max() < 1e-6
-    # equal but where float32 cannot tell neighbours apart
+    # they may differ only where float32 can't resolve two neighbours
     assert (found.numpy() != expected).mean() < 0.01

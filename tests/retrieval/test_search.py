@@ -8,7 +8,7 @@ from universal_gcl.retrieval.search import exact_top_k
 
 
 def slow_top_k(queries, candidates, k):
-    """Sort all pairs by descending score, then by index, in Python integers."""
+    """Sort all pairs by descending score, then by index, with Python integers."""
     rankings = []
     for query in queries:
         scores = [sum(int(a) * int(b) for a, b in zip(query, row, strict=True)) for row in candidates]
@@ -19,7 +19,7 @@ def slow_top_k(queries, candidates, k):
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_equals_a_full_sort_with_ties_for_every_chunk_size(data):
-    # entries of -1, 0, 1 make ties the rule
+    # with entries of -1, 0 and 1, most scores are tied
     rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
     num_queries, num_candidates, width = (data.draw(st.integers(1, 12)) for _ in range(3))
     k = data.draw(st.integers(1, num_candidates))
@@ -76,8 +76,8 @@ def test_zero_and_negative_zero_tie():
 @pytest.mark.parametrize(
     ("queries", "candidates", "k", "message"),
     [
-        (np.zeros((0, 4)), np.zeros((3, 4)), 1, r"queries are empty: shape \(0, 4\)"),
-        (np.zeros((2, 4)), np.zeros((0, 4)), 1, "candidates are empty"),
+        (np.zeros((0, 4)), np.zeros((3, 4)), 1, r"there are no queries: their shape is \(0, 4\)"),
+        (np.zeros((2, 4)), np.zeros((0, 4)), 1, "there are no candidates"),
         (np.zeros(4), np.zeros((3, 4)), 1, r"queries must be a matrix .* got shape \(4,\)"),
         (np.zeros((2, 4)), np.zeros((3, 5)), 1, "queries have 4 dimensions, candidates 5"),
         (np.zeros((2, 4)), np.zeros((3, 4)), 4, "between 1 and the number of candidates, 3, got 4"),

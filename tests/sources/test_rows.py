@@ -1,4 +1,4 @@
-"""Rows of files and of captioned images; `gcl embed` and `gcl search` over them."""
+"""Rows are read from files and made from captioned images; `gcl embed` and `gcl search` work on both."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def test_rows_of_captioned_images(folder):
     assert fused[2][1] == {"text": "a blue bird", "image": images[1][1]["image"]} and fused[-1][0] == "2.png#0+image"
     with pytest.raises(IndexError):
         texts[4]
-    with pytest.raises(ValueError, match="modality 'ti' is unknown: choose one of i, t, it"):
+    with pytest.raises(ValueError, match="the modality 'ti' is unknown: choose one of i, t, it"):
         PairRows(pairs, "ti")
 
 
@@ -79,9 +79,9 @@ def test_rows_of_a_file(folder):
     [
         ('{"id": "b", "text"', "line 2: not valid JSON"),
         ("[1]", "line 2: expected an object"),
-        ('{"id": "b", "txt": "x"}', "line 2: unknown key 'txt'; rows have id, text"),
+        ('{"id": "b", "txt": "x"}', "line 2: unknown key 'txt'; use id, text"),
         ('{"text": "x"}', "line 2: the id is empty"),
-        ('{"id": "a", "text": "x"}', "line 2: id 'a' was used in .*line 1"),
+        ('{"id": "a", "text": "x"}', "line 2: the id 'a' is already used in .*line 1"),
         ('{"id": "b", "image": "../x.png"}', "line 2: .*lies outside"),
         ('{"id": "b", "text": 3}', "line 2, id 'b': text must be a str"),
         ('{"id": "b", "text": " "}', "line 2, id 'b': has neither an image nor a text"),
@@ -95,14 +95,15 @@ def test_bad_lines_are_named(line, message, tmp_path):
 
 def test_a_file_without_rows_is_refused(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="rows.jsonl holds no rows"):
+    with pytest.raises(ValueError, match="rows.jsonl has no rows"):
         read_rows(tmp_path / "rows.jsonl")
 
 
 def test_embed_and_search(folder, tmp_path, monkeypatch, capsys):
     assert run(monkeypatch, "embed", folder / "model", folder / "queries.jsonl", tmp_path / "queries") == 0
-    assert "queries: 4 rows, 4 embeddings of 24 dimensions; 0 rows share another's, 0 skipped\n" in (
-        capsys.readouterr().out
+    assert (
+        "queries: 4 rows, 4 embeddings of 24 dimensions; 0 rows share the embedding of another row, 0 were skipped\n"
+        in (capsys.readouterr().out)
     )
     pools = [tmp_path / modality for modality in ("i", "t", "it")]
     for pool in pools:
@@ -119,12 +120,17 @@ def test_embed_and_search(folder, tmp_path, monkeypatch, capsys):
 
 def test_bad_input_is_a_message(folder, tmp_path, monkeypatch, capsys):
     model = folder / "model"
-    assert "say which --modality to embed" in run(monkeypatch, "embed", model, folder / "photos", tmp_path / "out")
+    assert "For captioned images, set --modality to i, t or it" in run(
+        monkeypatch, "embed", model, folder / "photos", tmp_path / "out"
+    )
     rows = [{"id": "good", "text": "a dog"}, {"id": "bad", "image": "none.png"}]
     rows = write(tmp_path / "rows.jsonl", rows)
     assert "error: row 'bad': " in run(monkeypatch, "embed", model, rows, tmp_path / "out")
     assert run(monkeypatch, "embed", model, rows, tmp_path / "out", "--skip-unreadable") == 0
-    assert "1 embeddings of 24 dimensions; 0 rows share another's, 1 skipped (why: " in capsys.readouterr().out
+    assert (
+        "1 embeddings of 24 dimensions; 0 rows share the embedding of another row, 1 were skipped (for the reasons see "
+        in capsys.readouterr().out
+    )
     missing = run(monkeypatch, "search", tmp_path / "out", tmp_path / "none", "--out", tmp_path / "run")
     assert "none holds no embeddings" in missing and not (tmp_path / "run").exists()
 
@@ -141,7 +147,7 @@ def test_a_broken_model_is_a_message(folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_process_of_a_launch_leaves_at_once(broken, folder, tmp_path, monkeypatch, capsys):
-    """And the launcher ends the others: tests/distributed/test_failures.py."""
+    """The launcher then ends the other processes, see tests/distributed/test_failures.py."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("os._exit", sys.exit)
     if broken:

@@ -1,4 +1,4 @@
-"""Sources of pairs: the message for everything that is wrong."""
+"""For every fault in a source of pairs, there is an error message that names the place and the remedy."""
 
 import logging
 
@@ -17,10 +17,13 @@ def test_hub_errors(monkeypatch):
         raise datasets.exceptions.DatasetNotFoundError("Dataset 'me/none' doesn't exist on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match="me/none: no such file or folder here, and not to be had .* doesn't exist"):
+    with pytest.raises(
+        DataError,
+        match="me/none: there is no such file or folder, and loading it .* from the Hub failed .* doesn't exist",
+    ):
         read_source(SourceArguments("me/none"))
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: hub_table(image=["a.png"]))
-    with pytest.raises(DataError, match="me/paths: image holds paths, not images; set image_root"):
+    with pytest.raises(DataError, match="me/paths: the column image has paths, not images; set image_root"):
         read_source(SourceArguments("me/paths"))
 
 
@@ -48,14 +51,18 @@ def test_all_images_missing_is_an_error_at_any_share(photos):
         (
             [["picture", "caption"], ["a.png", "A"]],
             {},
-            "x.csv, line 2: which column is the image.*found: picture, cap.*Set im",
+            "x.csv, line 2: no column has a known name for the image .*: picture, cap.*Set im",
         ),
-        ([["image", "word"], ["a.png", "A"]], {}, "x.csv, line 2: which column is the caption.*Set caption_column"),
-        (ROWS, {"caption_column": "fr"}, "no column 'fr', which caption_column asks for; columns: file_name, caption"),
-        (ROWS, {"id_column": "key"}, "no column 'key', which id_column asks for"),
+        (
+            [["image", "word"], ["a.png", "A"]],
+            {},
+            "x.csv, line 2: no column has a known name for the caption .*Set caption_column",
+        ),
+        (ROWS, {"caption_column": "fr"}, "no column 'fr', but caption_column names it. Columns: file_name, caption"),
+        (ROWS, {"id_column": "key"}, "no column 'key', but id_column names it"),
         ([ROWS[0], ["a.png", "  "]], {}, "x.csv, line 2: the caption is empty"),
         ([ROWS[0], ["a.png"]], {}, "x.csv, line 2: the caption is empty"),
-        ([ROWS[0], ["a.png", "A", "B"]], {}, "x.csv, line 2: more fields than the header has"),
+        ([ROWS[0], ["a.png", "A", "B"]], {}, "x.csv, line 2: the row has more fields than the header"),
         ([ROWS[0], ["", "A"]], {}, "x.csv, line 2: the image is '', not a path"),
         ([ROWS[0], ["../secret.png", "A"]], {}, "x.csv, line 2: ../secret.png lies outside .*set image_root"),
         ([ROWS[0], ["/etc/a.png", "A"]], {}, "x.csv, line 2: /etc/a.png lies outside"),
@@ -69,7 +76,7 @@ def test_all_images_missing_is_an_error_at_any_share(photos):
         (
             [["image", "caption", "id"], ["a.png", "A", "1"], ["b.png", "B", "1"]],
             {},
-            "x.csv, line 3: id '1' was used in .*x.csv, line 2 already",
+            "x.csv, line 3: the id '1' is already used in .*x.csv, line 2,",
         ),
         ([["image", "caption", "id"], ["a.png", "A", ""]], {}, "x.csv, line 2: the id is empty"),
         (ROWS, {"image_root": "nowhere"}, "image_root nowhere is not a folder"),
@@ -90,12 +97,12 @@ def test_csv_cut_off_inside_quotes(photos):
     "text, message",
     [
         ('{"image": "a.png", "text": "A"}\n{"image": "b.p', r"x.jsonl, line 2: not valid JSON .*cut off\?"),
-        ("[1]\n", "x.jsonl, line 1: expected an object with an image and captions, got list"),
+        ("[1]\n", "x.jsonl, line 1: expected an object with an image and captions, got a list"),
         (
             '{"image": "a.png", "text": "A"}\n\n{"image": "b.png"}',
-            "x.jsonl, line 3: no 'text', which the rows before have",
+            "x.jsonl, line 3: there is no 'text', which the rows before have",
         ),
-        ('{"image": "a.png", "text": 3}', "x.jsonl, line 1: the caption is 3, not text"),
+        ('{"image": "a.png", "text": 3}', "x.jsonl, line 1: the caption is 3, not a text"),
         ('{"image": "a.png", "text": ["A", 3]}', "x.jsonl, line 1: the caption 3 is not text"),
         ('{"image": "a.png", "text": []}', "x.jsonl, line 1: the list of captions is empty"),
         ('{"image": "a.png", "text": null}', "x.jsonl, line 1: the caption is empty"),
@@ -107,8 +114,8 @@ def test_csv_cut_off_inside_quotes(photos):
         ('{"image": "\\udc80.png", "text": "A"}', "x.jsonl, line 1: the path .*which is not a character"),
         ('{"image": "a.png", "text": "A", "id": "\\udc80"}', "x.jsonl, line 1: the id .*which is not a character"),
         ('{"image": "a.png", "text": "A", "id": NaN}', "x.jsonl, line 1: the id is empty"),
-        ('\n{"image": "a.png", "text": ' + "[" * 200_000, "x.jsonl, line 2: nested too deeply"),
-        ('{"image": "a.png", "text": "A", "id": ' + "1" * 5000 + "}", "x.jsonl, line 1: not usable JSON"),
+        ('\n{"image": "a.png", "text": ' + "[" * 200_000, "x.jsonl, line 2: the JSON is nested too deeply"),
+        ('{"image": "a.png", "text": "A", "id": ' + "1" * 5000 + "}", "x.jsonl, line 1: the JSON can't be read"),
         ("", "x.jsonl has no rows"),
     ],
 )
@@ -122,8 +129,8 @@ def test_errors_in_jsonl(photos, text, message):
     "text, message",
     [
         ('[{"image": "a.png"', "x.json, line 1: not valid JSON"),
-        ('{"image": "a.png"}', "x.json: expected a list of entries as in LLaVA-Pretrain, got dict"),
-        ("[" * 200_000, "x.json, line 1: nested too deeply"),
+        ('{"image": "a.png"}', "x.json: expected a list of entries, as in LLaVA-Pretrain, got a dict"),
+        ("[" * 200_000, "x.json, line 1: the JSON is nested too deeply"),
         ('[{"image": "a.png", "conversations": []}]', "x.json, entry 0: conversations has no turn from gpt"),
     ],
 )
@@ -171,12 +178,20 @@ def test_sidecar_texts_that_are_not_utf8(photos):
 @pytest.mark.parametrize(
     "columns, arguments, message",
     [
-        ({"image": [b"x"], "words": ["A"]}, {}, "x.parquet: which column is the caption.*found: image, words"),
-        ({"image": [3], "text": ["A"]}, {}, r"x.parquet: image is Value\('int64'\), not images"),
-        ({"image": [b"x"], "text": [3]}, {}, "x.parquet, row 0: the caption is 3, not text"),
+        (
+            {"image": [b"x"], "words": ["A"]},
+            {},
+            "x.parquet: no column has a known name for the caption .*: image, words",
+        ),
+        ({"image": [3], "text": ["A"]}, {}, r"x.parquet: the column image is Value\('int64'\), not images"),
+        ({"image": [b"x"], "text": [3]}, {}, "x.parquet, row 0: the caption is 3, not a text"),
         ({"image": [b"x", b"y"], "text": ["A", ""]}, {}, "x.parquet, row 1: the caption is empty"),
-        ({"image": [b"x", b"y"], "text": ["A", "B"], "id": [1, 1]}, {}, "x.parquet, row 1: id '1' was used in .*row 0"),
-        ({"image": [b"x"], "text": ["A"]}, {"id_column": "key"}, "no column 'key', which id_column asks for"),
+        (
+            {"image": [b"x", b"y"], "text": ["A", "B"], "id": [1, 1]},
+            {},
+            "x.parquet, row 1: the id '1' is already used in .*row 0",
+        ),
+        ({"image": [b"x"], "text": ["A"]}, {"id_column": "key"}, "no column 'key', but id_column names it"),
         ({"image": [], "text": []}, {}, "x.parquet has no rows"),
     ],
 )
@@ -193,7 +208,7 @@ def test_parquet_cut_off(tmp_path):
 
 
 def test_folders_that_are_no_source(tmp_path, photos):
-    with pytest.raises(DataError, match="photos has 3 images and no captions: expected metadata.csv"):
+    with pytest.raises(DataError, match="photos has 3 images and no captions: add a metadata.csv"):
         read_source(SourceArguments(str(photos)))
     (photos / "metadata.csv").touch()
     (photos / "metadata.jsonl").touch()

@@ -149,7 +149,7 @@ def test_replacement_stays_in_its_source():
 
 
 def test_nothing_readable_is_an_error():
-    with pytest.raises(DataError, match="3 images in a row can't be read, the first: source 0, p1"):
+    with pytest.raises(DataError, match="3 images in a row can't be read. The first: source 0, p1"):
         PairDataset([make_pairs(3, broken=(0, 1, 2))])[1]
 
 

@@ -52,7 +52,7 @@ UNSUPPORTED = {
     "do_pad is True": CLIPImageProcessorPil(do_pad=True),
     "size .*shortest_edge.* without a crop": CLIPImageProcessorPil(do_center_crop=False),
     "size .*longest_edge.* without a crop": CLIPImageProcessorPil(size={"shortest_edge": 50, "longest_edge": 90}),
-    "another form": CLIPImageProcessorPil(do_rescale=False, do_normalize=False),
+    "a different form": CLIPImageProcessorPil(do_rescale=False, do_normalize=False),
 }
 
 

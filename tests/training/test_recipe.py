@@ -132,7 +132,7 @@ def test_recipes_in_other_encodings(write, tmp_path, encoding, line):
     write()
     text = RECIPE.replace("some/encoder", "some/café").replace("photos.parquet", "fotos_é.parquet")
     (tmp_path / "recipe.yaml").write_text(text, encoding=encoding)
-    with pytest.raises(RecipeError, match=f"recipe.yaml, line {line}: not UTF-8; save it as UTF-8"):
+    with pytest.raises(RecipeError, match=f"recipe.yaml, line {line}: not UTF-8. Save it as UTF-8"):
         parse_recipe(["recipe.yaml"])
     (tmp_path / "recipe.yaml").write_text(text, encoding="utf-8-sig")
     assert parse_recipe(["recipe.yaml"]).model.encoder == "some/café"
@@ -167,10 +167,10 @@ def test_saved_recipe_holds_what_was_set_and_reads_back(write, tmp_path):
         ("{i->it: 1}", "{i->x: 1}", "recipe.yaml: training.direction_weights: 'i→x' is not one of"),
         ("  encoder: some/encoder\n", "", "recipe.yaml: model.encoder is missing"),
         ("    - path: photos\n      limit", "    - limit", "recipe.yaml: data.train.0.path is missing"),
-        ("  use_cpu: true", "  learning_rate: 1", "line 15: key 'learning_rate' was set in line 11 already"),
+        ("  use_cpu: true", "  learning_rate: 1", "line 15: key 'learning_rate' is already set in line 11"),
         ("freeze: [text]", "freeze: [text", "recipe.yaml, line 4: not valid YAML"),
-        (RECIPE, "- a", "recipe.yaml: a recipe is a mapping with the keys model, data, training"),
-        (RECIPE, "", "recipe.yaml: a recipe is a mapping"),
+        (RECIPE, "- a", "recipe.yaml: a recipe must be a mapping with the keys model, data, training"),
+        (RECIPE, "", "recipe.yaml: a recipe must be a mapping"),
         (RECIPE, "[" * 20_000, "recipe.yaml: nested too deeply"),
         (RECIPE, "[a]: b", "recipe.yaml, line 1: a key must be one word"),
         (
@@ -192,17 +192,20 @@ def test_errors_in_the_file(write, old, new, message):
         (["--learning_rat", "1"], r"--learning_rat: unknown option; did you mean --learning_rate\?"),
         (["--model.fusions", "sum"], r"--model.fusions: unknown key model.fusions; did you mean fusion\?"),
         (["--data.train.0.limt", "1"], r"unknown key data.train.0.limt; did you mean limit\?"),
-        (["--data.train.5.limit", "1"], "the recipe has only 2 there, counted from 0"),
-        (["--data.train.5", "x"], "the recipe has only 2 there, counted from 0"),
-        (["--data.train.path", "x"], "data.train is a list: use --train for the whole, or --data.train.0.path for its"),
-        (["--train.path", "x"], "data.train is a list: use --train for the whole, or --data.train.0.path for its"),
-        (["--crop_scale.0", "0.5"], "the recipe has only 0 there"),
+        (["--data.train.5.limit", "1"], "the recipe has only 2 entries there; the first is 0"),
+        (["--data.train.5", "x"], "the recipe has only 2 entries there; the first is 0"),
+        (
+            ["--data.train.path", "x"],
+            "data.train is a list. Use --train for the whole list, or --data.train.0.path for its",
+        ),
+        (["--train.path", "x"], "data.train is a list. Use --train for the whole list, or --data.train.0.path for its"),
+        (["--crop_scale.0", "0.5"], "the recipe has only 0 entries there"),
         (["--train", "{path: x, limt: 5}"], r"--train: unknown key data.train.0.limt; did you mean limit\?"),
         (["--train", "[2024]"], "--train: data.train.0 expects a path or a mapping, not 2024"),
         (["--training.seed.x", "1"], "training.seed has no parts"),
         (["--learning_rate", "fast"], "--learning_rate: training.learning_rate expects a number, not 'fast'"),
         (["--learning_rate"], "--learning_rate: a value is missing"),
-        (["--freeze", "text", "image"], "'image' is not an option: .* several values as a list"),
+        (["--freeze", "text", "image"], "'image' is not an option. .* several values as a list"),
         (["--freeze", "[text"], "--freeze, line 1: not valid YAML"),
         (["--fusion", "sam"], "model.fusion: 'sam' is not one of"),
     ],

@@ -1,1 +1,1 @@
-"""The search page (`gcl demo`) and the Gradio Space that shows it."""
+"""The search page of `gcl demo`, and the Gradio Space that shows the same page."""

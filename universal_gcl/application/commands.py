@@ -7,28 +7,30 @@ import typer
 
 
 def demo(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")],
-    data: Annotated[str, typer.Argument(help="Captioned images: folder, .parquet, .jsonl, .csv, or Hub id.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or of another dual encoder.")],
+    data: Annotated[str, typer.Argument(help="Captioned images: a folder, .parquet, .jsonl or .csv file, or Hub id.")],
     base: Annotated[
-        str | None, typer.Option(help="Another model to compare, as the one that training started from.")
+        str | None, typer.Option(help="Another model to compare, such as the one that training started from.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pairs.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N pairs.")] = None,
     image_root: Annotated[
-        str | None, typer.Option(help="Folder that image paths are relative to. By default that of DATA.")
+        str | None, typer.Option(help="Folder that image paths are relative to. Defaults to the folder of DATA.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows embedded at once.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of rows embedded at once.")] = 64,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL on the Hub.")] = None,
-    base_revision: Annotated[str | None, typer.Option(help="That of BASE.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of BASE on the Hub.")] = None,
     out: Annotated[
-        Path, typer.Option(help="Folder for embeddings and small pictures; the same again starts at once.")
+        Path, typer.Option(help="Folder for embeddings and small pictures. The next start reuses them.")
     ] = Path("outputs/demo"),
-    host: Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to serve on. With 0.0.0.0, other machines can open the page.")
+    ] = "127.0.0.1",
     port: Annotated[
-        int | None, typer.Option(help="Port to serve on.", show_default="the first free from 7860 on")
+        int | None, typer.Option(help="Port to serve on.", show_default="the first free port from 7860")
     ] = None,
-):
-    """Search captioned images in the browser by text, image or both; images, captions and both are one pool."""
+) -> None:
+    """Search captioned images in the browser by text, image or both, in one pool of images, captions, and both."""
     from universal_gcl.application.gallery_folder import LoadedModel, write_gallery
     from universal_gcl.sources.arguments import SourceArguments
     from universal_gcl.sources.pairs import load_pairs
@@ -43,26 +45,26 @@ def demo(
     folder = out / f"{name}-{len(pairs)}"
     gallery = write_gallery(pairs, models, folder, name=name, batch_size=batch_size, show_progress=True)
     app = build_app(gallery, {loaded.label: encoder_of(loaded.model, loaded.processor) for loaded in models})
-    typer.echo(f"{launch(app, server_name=host, server_port=port)} (end it by Ctrl+C)")
+    typer.echo(f"{launch(app, server_name=host, server_port=port)} (press Ctrl+C to stop)")
     app.block_thread()
 
 
 def space(
     model: Annotated[str, typer.Argument(help="Hub id of a GCL checkpoint.")],
-    data: Annotated[str, typer.Argument(help="Captioned images that may be published: folder, file, or Hub id.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    data: Annotated[str, typer.Argument(help="Captioned images that you may publish: a folder, file, or Hub id.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write. It must not exist, or be empty.")],
     base: Annotated[str | None, typer.Option(help="Hub id of another model to compare.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Only the first pairs.")] = 1000,
+    limit: Annotated[int, typer.Option(min=1, help="Use only the first N pairs.")] = 1000,
     image_root: Annotated[
-        str | None, typer.Option(help="Folder that image paths are relative to. By default that of DATA.")
+        str | None, typer.Option(help="Folder that image paths are relative to. Defaults to the folder of DATA.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows embedded at once.")] = 64,
-    title: Annotated[str, typer.Option(help="Of the Space.")] = "GCL search",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL.")] = None,
-    base_revision: Annotated[str | None, typer.Option(help="That of BASE.")] = None,
-):
-    """The page of gcl demo as a Gradio Space, with its gallery and embeddings in it; hf upload pushes it."""
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of rows embedded at once.")] = 64,
+    title: Annotated[str, typer.Option(help="Title of the Space.")] = "GCL search",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of MODEL on the Hub.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of BASE on the Hub.")] = None,
+) -> None:
+    """Write the page of gcl demo, with its images and embeddings, as a Gradio Space that hf upload can push."""
     from universal_gcl.sources.arguments import SourceArguments
     from universal_gcl.sources.pairs import load_pairs
 

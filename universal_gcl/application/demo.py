@@ -1,7 +1,7 @@
 """The page of `gcl demo` and of a Space: search a gallery by text, image or both, among candidates of all modalities.
 
-A Space holds this file as it is, beside `gallery` and `search`: it imports neither the rest of the package nor
-`modeling_gcl`, whose code comes with the model there.
+A Space has a copy of this file, of `application.gallery` and of `retrieval.search`, without the rest of our package and
+without `modeling_gcl`. So this file must not import them. In a Space, the code of the model comes with its checkpoint.
 """
 
 import base64
@@ -9,19 +9,19 @@ import html
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import torch
+from gradio.data_classes import ImageData
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from universal_gcl.application.gallery import MODALITIES, Gallery, Hit
+from universal_gcl.application.gallery import MODALITIES, NAMES, Gallery, Hit
 
-SHOWN = 12  # hits of a search
+SHOWN = 12  # number of hits on the page
 SIDE_BY_SIDE = "side by side"
-_NAMES = {"image": "image", "text": "text", "image+text": "image + text"}  # of the modalities, on the page
-_PLURALS = {"image": "images", "text": "texts", "image+text": "image + text"}
-_MAX_TEXT = 2000  # characters of a query
-_UPLOADS_KEPT = 3600  # seconds
+_MAX_TEXT = 2000  # characters in a query
+_UPLOADS_KEPT = 3600  # seconds until an uploaded picture is deleted
 _STYLE = Path(__file__).with_name("demo.css")
 
 Encoder = Callable[[dict], torch.Tensor]
@@ -29,9 +29,13 @@ Encoder = Callable[[dict], torch.Tensor]
 
 def load_encoders(gallery: Gallery) -> dict[str, Encoder]:
     """
-    The gallery's models from the Hub, at their revisions, where only transformers is installed.
+    Load the models of a gallery from the Hub, at their revisions. Our package need not be installed.
 
-    GCL's code comes with the first, which is a GCL checkpoint; with it another dual encoder embeds as GCL's base does.
+    The first model must be a GCL checkpoint, because GCL's code comes with it. That code can load other dual encoders
+    too.
+
+    Returns:
+        Label → encoder of a query.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoders = {}
@@ -49,21 +53,30 @@ def load_encoders(gallery: Gallery) -> dict[str, Encoder]:
     return encoders
 
 
-def encoder_of(model, processor) -> Encoder:
-    """A row → its (D,) embedding. `model` and `processor`: as `GCLModel.encode` takes them."""
+def encoder_of(model: Any, processor: Any) -> Encoder:
+    """
+    A function that embeds one row and returns its (D,) embedding.
+
+    Args:
+        model: a `GCLModel`. The type is not given, because the class comes with the checkpoint in a Space.
+        processor: its `GCLProcessor`.
+    """
     return lambda row: model.encode([row], processor)[0]
 
 
 def build_app(gallery: Gallery, encoders: dict[str, Encoder]) -> gr.Blocks:
     """
-    The page; `launch` serves it.
+    Build the page. `launch` serves it.
 
     Args:
-        gallery: what is searched.
-        encoders: for each label of the gallery's models, what embeds a query. Several can be compared side by side.
+        gallery: the gallery to search.
+        encoders: for each model, its label in the gallery → the encoder of a query. If there are several, the page can
+            show their results side by side.
     """
 
-    def search(text, picture, view=SIDE_BY_SIDE, kinds=MODALITIES):
+    def search(
+        text: str | None, picture: str | None, view: str = SIDE_BY_SIDE, kinds: Sequence[str] = MODALITIES
+    ) -> str:
         labels = list(encoders) if view == SIDE_BY_SIDE else [view]
         try:
             row = parse_query(text, picture)
@@ -86,7 +99,7 @@ def build_app(gallery: Gallery, encoders: dict[str, Encoder]) -> gr.Blocks:
                     autofocus=True,
                 )
                 kinds = gr.CheckboxGroup(
-                    [(_NAMES[name], name) for name in MODALITIES], value=list(MODALITIES), label="Search among"
+                    [(NAMES[kind][0], kind) for kind in MODALITIES], value=list(MODALITIES), label="Search among"
                 )
                 view = gr.Radio(
                     [SIDE_BY_SIDE, *encoders], value=SIDE_BY_SIDE, label="Model", visible=several, elem_id="gcl-view"
@@ -96,8 +109,8 @@ def build_app(gallery: Gallery, encoders: dict[str, Encoder]) -> gr.Blocks:
                     label="Picture", type="filepath", sources=["upload", "clipboard"], height=230, buttons=[],
                     alt_text="the picture of the query",
                 )  # fmt: skip
-        # the file as it came: gr.Image itself answers one that it can't open by a bare "Error", and stores others anew
-        picture.preprocess = lambda payload: payload and payload.path
+        # gr.Image has no argument for this, and a subclass would be another component for the browser
+        picture.preprocess = _uploaded_file  # type: ignore[method-assign]
         button = gr.Button("Search", variant="primary")
         results = gr.HTML(elem_id="gcl-results")
         tries = gr.Examples(_examples(gallery), [text, picture], label="Try")
@@ -112,27 +125,45 @@ def build_app(gallery: Gallery, encoders: dict[str, Encoder]) -> gr.Blocks:
     return app
 
 
-def launch(app: gr.Blocks, **options) -> str:
+def launch(app: gr.Blocks, *, server_name: str | None = None, server_port: int | None = None) -> str:
     """
-    Serves the page beside this thread, with a look that needs nothing from outside; `app.block_thread()` waits.
+    Serve the page in the background. `app.block_thread()` then waits until the program is interrupted.
+
+    The page loads nothing from other servers, no fonts either.
 
     Args:
-        options: of `app.launch`.
+        app: the page.
+        server_name: the address to serve on. Defaults to gradio's choice: the environment variable
+            GRADIO_SERVER_NAME, which a Space sets, or 127.0.0.1.
+        server_port: the port to serve on. Defaults to the first free one from 7860.
 
     Returns:
-        its address.
+        The address of the page.
     """
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
-    style = {"theme": theme, "css_paths": _STYLE, "footer_links": ["api", "settings"], "ssr_mode": False}
-    return app.launch(**style, max_file_size="20mb", quiet=True, prevent_thread_lock=True, **options)[1]
+    return app.launch(
+        server_name=server_name,
+        server_port=server_port,
+        theme=theme,
+        css_paths=_STYLE,
+        footer_links=["api", "settings"],
+        ssr_mode=False,
+        max_file_size="20mb",
+        quiet=True,
+        prevent_thread_lock=True,
+    )[1]
 
 
 def parse_query(text: str | None, picture: str | None) -> dict:
     """
-    The row to embed: `text`, `image` or both.
+    Make the row to embed, with `text`, `image` or both.
+
+    Args:
+        text: the text of the query.
+        picture: the file of the uploaded picture.
 
     Raises:
-        ValueError: neither is given.
+        ValueError: there is neither a text nor a picture.
     """
     row = {}
     if text and text.strip():
@@ -140,12 +171,12 @@ def parse_query(text: str | None, picture: str | None) -> dict:
     if picture:
         row["image"] = picture
     if not row:
-        raise ValueError("Type a text, upload a picture, or give both to search with the two together.")
+        raise ValueError("Type a text, upload a picture, or do both to search by the two together.")
     return row
 
 
 def render(gallery: Gallery, found: dict[str, list[Hit]], kinds: Sequence[str] = MODALITIES) -> str:
-    """The hits of each model as HTML, in columns; pictures inline."""
+    """The hits of each model as HTML, one column for each model. The pictures are in the HTML."""
     columns = []
     for label, hits in found.items():
         title = ""
@@ -159,7 +190,13 @@ def render(gallery: Gallery, found: dict[str, list[Hit]], kinds: Sequence[str] =
     return f'<div class="gcl-columns">{"".join(columns)}</div>'
 
 
-def _card(gallery, hit):
+def _uploaded_file(payload: ImageData | None) -> str | None:
+    """The uploaded file as it is. gr.Image would show just "Error" for a file that it can't open, and would save the
+    others again."""
+    return payload.path if payload else None
+
+
+def _card(gallery: Gallery, hit: Hit) -> str:
     caption = html.escape(gallery.entries[hit.entry]["caption"])
     shown = ""
     if "image" in hit.modality:
@@ -167,49 +204,47 @@ def _card(gallery, hit):
         shown = f'<img src="data:image/jpeg;base64,{data}" alt="{caption}">'
     if "text" in hit.modality:
         shown += f"<p>{caption}</p>"
-    name = _NAMES[hit.modality]
+    name = NAMES[hit.modality][0]
     return (
         f'<li data-modality="{hit.modality}"><div class="gcl-content">{shown}</div>'
         f'<footer><b>{name}</b><span title="cosine with the query">{hit.score:.3f}</span></footer></li>'
     )
 
 
-def _counts(hits, kinds):
-    """How many hits of each modality: as a sentence, and as a bar."""
+def _counts(hits: Sequence[Hit], kinds: Sequence[str]) -> str:
+    """The number of hits of each modality, in words and as a bar."""
     counts = Counter(hit.modality for hit in hits)
-    sentence = ", ".join(
-        f"{counts[kind]} {(_NAMES if counts[kind] == 1 else _PLURALS)[kind]}" for kind in MODALITIES if kind in kinds
-    )
+    sentence = ", ".join(f"{counts[kind]} {NAMES[kind][counts[kind] != 1]}" for kind in MODALITIES if kind in kinds)
     parts = "".join(f'<i data-modality="{kind}" style="flex-grow: {counts[kind]}"></i>' for kind in MODALITIES)
     return (
         f'<p class="gcl-counts">first {len(hits)}: {sentence}</p><div class="gcl-bar" aria-hidden="true">{parts}</div>'
     )
 
 
-def _introduction(gallery, several):
+def _introduction(gallery: Gallery, several: bool) -> str:
     count, name = f"{len(gallery):,}", html.escape(gallery.name)
     compared = (
-        " A model with a gap between modalities ranks by kind first: a typed query finds texts, whatever is in the "
-        "pictures. GCL is trained to rank by content, whatever the kind. Compare the two."
+        " Many models rank by kind first: they answer a text with texts, even if a picture matches better. GCL is "
+        "trained to rank by content. Compare the two models."
         if several
         else f" Model: {html.escape(next(iter(gallery.models.values()))['name'])}."
     )
     return (
         '<div class="gcl-introduction"><h1>Search images, texts and both in one pool</h1>'
-        f"<p>Each of the {count} entries of {name} is a candidate three times: its picture alone, its caption alone, "
-        f"and both together. Search by a text, a picture, or both.{compared}</p></div>"
+        f"<p>The pool holds each of the {count} entries of {name} three times: as a picture, as a caption, and as both "
+        f"together. Search it by a text, a picture, or both.{compared}</p></div>"
     )
 
 
-def _examples(gallery):
-    """A query of each modality, from entries that lie apart."""
+def _examples(gallery: Gallery) -> list[list[str | None]]:
+    """One query of each modality, made from entries that are far apart in the gallery."""
     first, second, third = (len(gallery) * part // 4 for part in (1, 2, 3))
     captions = [entry["caption"] for entry in gallery.entries]
     picture = [str(gallery.picture(entry)) for entry in (second, third)]
     return [[captions[first], None], ["", picture[0]], [captions[third], picture[1]]]
 
 
-def _explain(error, picture):
-    """The message of a row that can't be embedded, without its number and the folder of the upload."""
+def _explain(error: ValueError, picture: str | None) -> str:
+    """The message of an error, without the number of the row and the folder of the uploaded picture."""
     message = str(error).removeprefix("row 0: ")
     return message.replace(picture, Path(picture).name) if picture else message

@@ -1,11 +1,15 @@
-"""A gallery on disk that is searched as one mixed pool: each picture alone, its caption alone, and both together.
+"""A gallery: captioned pictures in a folder, searched as one pool of pictures, captions, and pictures with captions.
 
-- `gallery.json`: `name`; `contents`, a hash of pictures and captions; `models`, each with `label`, `name`, `revision`;
-  `entries`, each with `id` and `caption`
-- `pictures/00000.jpg`, …: a small one of each entry, in their order
-- `embeddings/LABEL.safetensors`: `image`, `text` and `image+text`, (N, D) float16 each, unit norm
+The files of the folder are:
 
-`application.gallery_folder` writes it; a Space holds it beside this file, which therefore imports none but `search`.
+- `gallery.json`: `name`; `contents`, a hash of the pictures and captions; `models`, a list of `label`, `name` and
+  `revision`; `entries`, a list of `id` and `caption`.
+- `pictures/00000.jpg`, …: a small picture for each entry.
+- `embeddings/LABEL.safetensors`: the embeddings by one model, with the keys `image`, `text` and `image+text`. Each is
+  (N, D) float16 with unit norm.
+
+`application.gallery_folder` writes the folder. A Space has a copy of this file, without most of our package and without
+`modeling_gcl`. So this file must not import them. It may import `retrieval.search`, which a Space also has.
 """
 
 import json
@@ -18,12 +22,24 @@ from safetensors.torch import load_file
 
 from universal_gcl.retrieval.search import exact_top_k
 
-MODALITIES = ("image", "text", "image+text")
+# the modality of a candidate, as in the files → what the page calls one such candidate, and several
+NAMES = {
+    "image": ("image", "images"),
+    "text": ("text", "texts"),
+    "image+text": ("image + text", "image + text"),
+}
+MODALITIES = tuple(NAMES)
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A candidate that was found: the number of its entry, its modality, and its cosine with the query."""
+    """A candidate that a search found.
+
+    Attributes:
+        entry: the number of the entry in the gallery.
+        modality: one of `MODALITIES`.
+        score: the cosine of the candidate and the query.
+    """
 
     entry: int
     modality: str
@@ -32,20 +48,20 @@ class Hit:
 
 class Gallery:
     """
-    N entries, and the embeddings that each of some models made of them.
+    N captioned pictures, with their embeddings by one or more models.
 
     Attributes:
-        folder: where it is.
-        name: of the data.
-        models: label → `{"name": …, "revision": …}`, of what made the embeddings.
-        entries: `{"id": …, "caption": …}` each.
+        folder: the folder of the gallery.
+        name: the name of the data.
+        models: for each model, label → `{"name": …, "revision": …}`.
+        entries: for each picture, `{"id": …, "caption": …}`.
 
     Raises:
-        FileNotFoundError: the folder holds no gallery.
-        ValueError: embeddings and entries differ in number.
+        FileNotFoundError: there is no gallery in the folder.
+        ValueError: the number of embeddings is not that of the entries.
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         file = self.folder / "gallery.json"
         if not file.is_file():
@@ -61,20 +77,22 @@ class Gallery:
                     f"{file}: write the gallery again"
                 )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.entries)
 
     def picture(self, entry: int) -> Path:
-        """The small picture of an entry, a JPEG."""
+        """The file of an entry's small picture, a JPEG."""
         return picture_file(self.folder, entry)
 
     def search(self, label: str, query: torch.Tensor, k: int, modalities: Sequence[str] = MODALITIES) -> list[Hit]:
         """
-        The k best candidates of some modalities, exactly; all, if there are fewer.
+        Find the k best candidates by exact search.
 
         Args:
-            label: whose embeddings are searched.
-            query: (D,), by the same model.
+            label: the label of the model whose embeddings are searched.
+            query: (D,), the embedding of the query by the same model.
+            k: number of candidates. If there are fewer, all are returned.
+            modalities: the modalities of the candidates.
         """
         pool = torch.cat([self._embeddings[label][modality] for modality in modalities])
         scores, places = exact_top_k(query[None], pool, min(k, len(pool)))
@@ -85,8 +103,10 @@ class Gallery:
 
 
 def picture_file(folder: Path, entry: int) -> Path:
+    """The file of an entry's small picture."""
     return folder / "pictures" / f"{entry:05}.jpg"
 
 
 def embeddings_file(folder: Path, label: str) -> Path:
+    """The file of the embeddings by the model with this label."""
     return folder / "embeddings" / f"{label}.safetensors"

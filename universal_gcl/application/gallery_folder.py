@@ -1,6 +1,7 @@
-"""Writes a gallery (`application.gallery`) of captioned images, embedded by one model or several.
+"""Writes a gallery (`application.gallery`) of captioned images, embedded by one or more models.
 
-Embeddings are kept in stores (`retrieval.embed`), so that a second call with the same images and models embeds nothing.
+The embeddings are also kept in stores (`retrieval.embed`). So a second call with the same images and models embeds
+nothing.
 """
 
 import json
@@ -21,12 +22,18 @@ from universal_gcl.retrieval.processes import own_device
 from universal_gcl.retrieval.progress import Progress
 from universal_gcl.retrieval.store import Store, write_json, write_whole
 
-PICTURE_SIZE = 256  # pixels of the longer side
+PICTURE_SIZE = 256  # pixels on the longer side
 
 
 @dataclass
 class LoadedModel:
-    """A model with its processor, where they came from, and the label under which the page shows it."""
+    """
+    A model with its processor.
+
+    Attributes:
+        label: the name of the model on the page.
+        name, revision: folder or Hub id from which the model was loaded, and branch, tag or commit there.
+    """
 
     label: str
     name: str
@@ -36,14 +43,16 @@ class LoadedModel:
 
     @classmethod
     def load(cls, label: str, name: str, revision: str | None = None) -> "LoadedModel":
-        """Onto this process's device. Raises as `GCLModel.from_encoder` does."""
+        """Load a model onto the device of this process. Raises the errors of `GCLModel.from_encoder`."""
         processor = GCLProcessor.from_encoder(name, revision=revision)
         model = GCLModel.from_encoder(name, processor=processor, revision=revision).eval()
         return cls(label, str(name), revision, model.to(own_device()), processor)
 
     @classmethod
-    def load_all(cls, model: str, base: str | None, *, revision=None, base_revision=None) -> list["LoadedModel"]:
-        """`model` as "GCL" and, if there is one, `base` as "base"."""
+    def load_all(
+        cls, model: str, base: str | None, *, revision: str | None = None, base_revision: str | None = None
+    ) -> list["LoadedModel"]:
+        """Load `model` with the label "GCL" and, if given, `base` with the label "base"."""
         loaded = [cls.load("GCL", model, revision)]
         return loaded if base is None else [*loaded, cls.load("base", base, base_revision)]
 
@@ -59,18 +68,20 @@ def write_gallery(
     show_progress: bool = False,
 ) -> Gallery:
     """
-    Write a gallery, or bring one up to date. Of several captions, the first is used.
+    Write a gallery, or update an existing one. If a pair has several captions, the first is used.
 
     Args:
-        pairs: as `sources.pairs.load_pairs` gives them.
-        models: that embed them; their labels differ.
-        folder: is made.
-        name: of the data, for the page.
-        stores: folder of the stores. Default: `folder/stores`.
+        pairs: the captioned images, from `sources.pairs.load_pairs`.
+        models: one or more models, with different labels.
+        folder: the folder of the gallery. It is created if needed.
+        name: the name of the data, for the page.
+        stores: the folder of the stores. Defaults to `folder/stores`.
+        batch_size: number of rows embedded at once.
+        show_progress: show the progress on stderr.
 
     Raises:
-        ImageError: (a ValueError) an image can't be read; its pair is named.
-        ValueError: the stores hold embeddings of other images: as `embed_rows`.
+        ImageError: (a ValueError) an image can't be read. The message names its pair.
+        ValueError: the stores hold embeddings of other images.
     """
     folder = Path(folder)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
@@ -78,9 +89,7 @@ def write_gallery(
     stores = folder / "stores" if stores is None else Path(stores)
     for loaded in models:
         store = _embed(pairs, loaded, stores, batch_size, show_progress)
-        vectors = store.embeddings().astype(np.float16).reshape(len(MODALITIES), len(pairs), -1)
-        content = save(dict(zip(MODALITIES, vectors)))
-        write_whole(embeddings_file(folder, loaded.label), lambda file, content=content: file.write(content))
+        _write_embeddings(embeddings_file(folder, loaded.label), store)
     contents = store.manifest["contents"]
     described = folder / "gallery.json"
     if not described.is_file() or json.loads(described.read_text(encoding="utf-8"))["contents"] != contents:
@@ -99,14 +108,15 @@ def write_gallery(
     return Gallery(folder)
 
 
-class PoolRows(Sequence):
+class PoolRows:
     """
-    The candidates that N pairs make, as rows for `embed_rows`: N images, N first captions, N images fused with them.
+    The candidates in a gallery of N pairs, as rows for `embed_rows`.
 
-    Their ids are those of `sources.rows.PairRows`: `cat.jpg`, `cat.jpg#0`, `cat.jpg#0+image`.
+    First come N images, then N captions (the first of each pair), then N images with these captions. The ids are the
+    same as in `sources.rows.PairRows`: `cat.jpg`, `cat.jpg#0`, `cat.jpg#0+image`.
     """
 
-    def __init__(self, pairs: datasets.Dataset):
+    def __init__(self, pairs: datasets.Dataset) -> None:
         self.pairs = pairs
 
     def __len__(self) -> int:
@@ -119,8 +129,8 @@ class PoolRows(Sequence):
         return ((name, image), (f"{name}#0", text), (f"{name}#0+image", image | text))[modality]
 
 
-def _embed(pairs, loaded, stores, batch_size, show_progress) -> Store:
-    """The model's store, in a folder of its own."""
+def _embed(pairs: datasets.Dataset, loaded: LoadedModel, stores: Path, batch_size: int, show_progress: bool) -> Store:
+    """Embed the candidates into a store. Each model has its own."""
     if show_progress:
         print(f"{loaded.label}: {loaded.name}", file=sys.stderr)
     fingerprint = model_fingerprint(loaded.model, loaded.processor)
@@ -136,8 +146,15 @@ def _embed(pairs, loaded, stores, batch_size, show_progress) -> Store:
     )
 
 
-def _write_pictures(pairs, folder, show_progress):
-    """Decoded and encoded anew, so that nothing but pixels goes into the gallery: no place where a photo was taken."""
+def _write_embeddings(file: Path, store: Store) -> None:
+    """Write the embeddings of a store of `PoolRows` to a file of the gallery."""
+    vectors = store.embeddings().astype(np.float16).reshape(len(MODALITIES), len(store) // len(MODALITIES), -1)
+    content = save(dict(zip(MODALITIES, vectors)))
+    write_whole(file, lambda opened: opened.write(content))
+
+
+def _write_pictures(pairs: datasets.Dataset, folder: Path, show_progress: bool) -> None:
+    """Write the small pictures. They have no metadata, such as the place where a photo was taken."""
     with Progress("small pictures", len(pairs), "pictures", shown=show_progress) as progress:
         for number, pair in enumerate(pairs):
             try:

@@ -1,8 +1,8 @@
-"""A Gradio Space: the page of `gcl demo` over a gallery whose embeddings are made beforehand.
+"""Writes a Gradio Space that shows the page of `gcl demo`, with a gallery that is embedded beforehand.
 
-The folder holds `app.py`, `requirements.txt`, `README.md` with the Space's metadata, the gallery, and those files of
-`retrieval` that the page consists of, unchanged. A Space can't import the rest: the models come from the Hub at the
-commits that made the embeddings, and GCL's code with them.
+The folder of the Space has `app.py`, `requirements.txt`, `README.md` with the metadata of the Space, the gallery, and
+copies of those files of our package that the page needs. Our package need not be installed in the Space. The models are
+loaded from the Hub, at the commits that embedded the gallery, and GCL's code comes with the checkpoint.
 """
 
 import shutil
@@ -17,10 +17,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import AutoConfig
 
 import universal_gcl
+from universal_gcl.application.gallery import Gallery
 from universal_gcl.application.gallery_folder import LoadedModel, write_gallery
 from universal_gcl.retrieval.new_folder import check_is_new, new_folder
 
-COPIED = (  # of the package `universal_gcl`
+COPIED = (  # the files of universal_gcl that the page needs
     "__init__.py",
     "application/__init__.py",
     "application/demo.py",
@@ -29,7 +30,7 @@ COPIED = (  # of the package `universal_gcl`
     "retrieval/__init__.py",
     "retrieval/search.py",
 )
-REQUIREMENTS = ("torch", "transformers", "safetensors", "numpy", "pillow")  # gradio comes with the Space
+REQUIREMENTS = ("torch", "transformers", "safetensors", "numpy", "pillow")  # gradio is installed in every Gradio Space
 APP = '''"""Search images, texts and both in one pool. Written by `gcl convert space`."""
 
 from pathlib import Path
@@ -47,13 +48,14 @@ if __name__ == "__main__":
 CARD = """\
 # {title}
 
-Each of the {count:,} entries of {name} is a candidate three times: its picture alone, its caption alone, and both
-together. Search by a text, a picture, or both; each hit shows its modality.
+The pool holds each of the {count:,} entries of {name} three times: as a picture, as a caption, and as both together.
+Search it by a text, a picture, or both. Each hit shows its modality.
 
 {models}
 
-Written by `gcl convert space`, the page of `gcl demo`. GCL: Generalized Contrastive Learning for universal multimodal
-retrieval, [arXiv 2509.25638](https://arxiv.org/abs/2509.25638). Pictures and captions keep the licence of their source.
+This Space was written by `gcl convert space`. It shows the page of `gcl demo`. GCL is Generalized Contrastive Learning
+for universal multimodal retrieval, [arXiv 2509.25638](https://arxiv.org/abs/2509.25638). The pictures and captions have
+the licence of their source.
 """
 
 
@@ -71,31 +73,36 @@ def write_space(
     show_progress: bool = False,
 ) -> str:
     """
-    Write the folder; it appears whole or not at all.
+    Write the folder of a Space. After an error, there is no folder.
 
     Args:
         model: Hub id of a GCL checkpoint.
-        pairs: what is searched, as `sources.pairs.load_pairs` gives them.
-        out_dir: folder to write; must be absent or empty.
-        name: of the data, for the page.
+        pairs: the captioned images to search, from `sources.pairs.load_pairs`.
+        out_dir: the folder to write. It must not exist, or be empty.
+        name: the name of the data, for the page.
         base: Hub id of another model to compare.
-        revision, base_revision: branch, tag or commit; the Space is pinned to its commit.
+        revision, base_revision: branch, tag or commit of the models. The Space always uses the present commit.
+        title: the title of the Space.
+        batch_size: number of rows embedded at once.
+        show_progress: show the progress on stderr.
 
     Returns:
         A report of a few lines, with the command that pushes the Space.
 
     Raises:
-        ValueError: no id of the Hub, no such model there, `model` is no GCL checkpoint.
-        ImageError: (a ValueError) an image can't be read; its pair is named.
+        ValueError: there is no such model on the Hub, or `model` is not a GCL checkpoint.
+        ImageError: (a ValueError) an image can't be read. The message names its pair.
         FileExistsError: `out_dir` is not empty.
     """
     out_dir = Path(out_dir)
     check_is_new(out_dir)
     revision = commit_of(model, revision)
     base_revision = None if base is None else commit_of(base, base_revision)
-    # without its code: for a GCL checkpoint ours is registered
+    # works without the code in the checkpoint, because our own code is registered in this process
     if AutoConfig.from_pretrained(model, revision=revision).model_type != "gcl":
-        raise ValueError(f"{model} is no GCL checkpoint: a Space takes GCL's code from it. Give another model as base")
+        raise ValueError(
+            f"{model} is not a GCL checkpoint, so it has no code of GCL for the Space. Give other models as base"
+        )
     models = LoadedModel.load_all(model, base, revision=revision, base_revision=base_revision)
     with new_folder(out_dir) as folder, tempfile.TemporaryDirectory() as stores:
         gallery = write_gallery(
@@ -112,7 +119,7 @@ def write_space(
         _card(title, gallery).save(folder / "README.md")
     return "\n".join(
         [
-            f"{out_dir}: {len(gallery):,} entries, {3 * len(gallery):,} candidates, their pictures and captions in it",
+            f"{out_dir}: {len(gallery):,} entries, {3 * len(gallery):,} candidates, with their pictures and captions",
             *(f"{label}: {source['name']} at {source['revision'][:12]}" for label, source in gallery.models.items()),
             f"try it:  python {out_dir / 'app.py'}",
             f"push it: hf upload --repo-type space ORGANISATION_OR_USER/NAME {out_dir} .",
@@ -122,26 +129,32 @@ def write_space(
 
 def commit_of(name: str, revision: str | None) -> str:
     """
-    The commit of a model on the Hub.
+    Ask the Hub for the commit of a model.
+
+    Args:
+        name: Hub id.
+        revision: branch, tag or commit.
 
     Raises:
-        ValueError: it is a folder, or not on the Hub.
+        ValueError: `name` is a folder, or there is no such model on the Hub.
         OSError: the Hub can't be reached.
     """
     if Path(name).is_dir():
         raise ValueError(
-            f"{name} is a folder, and a Space loads its models from the Hub: gcl push it, then give its id"
+            f"{name} is a folder, but a Space loads its models from the Hub: upload it with gcl push, then give its id"
         )
     try:
-        return HfApi().model_info(name, revision=revision).sha
+        commit = HfApi().model_info(name, revision=revision).sha
     except HFValidationError as error:
-        raise ValueError(f"{name!r} is neither a folder nor an id of the Hub: {error}") from error
+        raise ValueError(f"{name!r} is neither a folder nor a Hub id: {error}") from error
     except HfHubHTTPError as error:
         at = f" at {revision}" if revision else ""
-        raise ValueError(f"the Hub does not give {name}{at}, or not to this user: {error}") from error
+        raise ValueError(f"the Hub has no {name}{at}, or you may not read it: {error}") from error
+    assert commit is not None  # the Hub always names it
+    return commit
 
 
-def _card(title, gallery):
+def _card(title: str, gallery: Gallery) -> SpaceCard:
     models = [source["name"] for source in gallery.models.values()]
     data = SpaceCardData(
         title=title,
@@ -164,6 +177,6 @@ def _card(title, gallery):
     return SpaceCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
-def _public_version(package):
-    """Without what says for which accelerator it was built."""
+def _public_version(package: str) -> str:
+    """The version without the local part, such as `+cpu`."""
     return version(package).split("+")[0]

@@ -1,1 +1,1 @@
-"""Converters of checkpoints, models and test data into the formats of others, and back."""
+"""Converters: other formats into folders that GCL reads, and GCL models into other formats."""

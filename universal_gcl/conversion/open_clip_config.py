@@ -1,11 +1,12 @@
-"""open_clip's config file: what a state dict's shapes don't tell."""
+"""Reads open_clip's config file, which holds the settings that can't be read from the shapes of a state dict."""
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-CONFIG_NAME = "open_clip_config.json"  # as open_clip writes it to the Hub
-PLAIN_CONFIG = {  # settings that shapes don't show, and the value CLIPModel has
+CONFIG_NAME = "open_clip_config.json"  # open_clip writes it to the Hub under this name
+CLIP_MODEL_VALUES: dict[str, dict[str, Any]] = {  # settings that don't show in shapes → their value in a CLIPModel
     "vision_cfg": {"attentional_pool": False, "no_ln_pre": False, "pool_type": "tok", "timm_model_name": None},
     "text_cfg": {
         "embed_cls": False,
@@ -17,44 +18,55 @@ PLAIN_CONFIG = {  # settings that shapes don't show, and the value CLIPModel has
     },
 }
 HEAD_WIDTH = 64
-WIDEST_WITH_64 = 1024  # open_clip's own image towers up to this width have heads of 64, all wider ones have others
+WIDEST_WITH_64 = 1024  # all of open_clip's own image towers up to this width have heads of 64, no wider one has
+EPS = 1e-5
 
 
 @dataclass
 class Settings:
-    """What the shapes don't tell, from open_clip's config."""
+    """The settings that can't be read from shapes. None means that no config was given or that it doesn't say.
+
+    Attributes:
+        quick_gelu: whether the activation is QuickGELU; else it is GELU.
+        head_width: channels per attention head of the image tower.
+        text_head_width: the same for the text tower.
+        eps: epsilon of the LayerNorms, for "image" and "text".
+        image_size: side of the input in pixels.
+        sizes: the sizes that the config states, by (tower, name of `open_clip_towers`' dimensions).
+        preprocess: open_clip's `preprocess_cfg`.
+    """
 
     quick_gelu: bool | None = None
     head_width: int | None = None
     text_head_width: int | None = None
-    eps: dict[str, float] = field(default_factory=lambda: {"image": 1e-5, "text": 1e-5})
+    eps: dict[str, float] = field(default_factory=lambda: {"image": EPS, "text": EPS})
     image_size: int | None = None
     sizes: dict[tuple[str, str], int] = field(default_factory=dict)
-    preprocess: dict | None = None
+    preprocess: dict[str, Any] | None = None
 
 
 def read_config(path: Path) -> Settings:
-    """Settings of an `open_clip_config.json` (model_cfg and preprocess_cfg) or of a bare model config.
+    """Reads an `open_clip_config.json` (with `model_cfg` and `preprocess_cfg`) or the config of a model alone.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no JSON of that form, or a setting that CLIPModel cannot express.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not JSON of this form, or CLIPModel can't express a setting; the message names it.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"config {path} is no file.")
+        raise FileNotFoundError(f"config {path} is not a file.")
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"config {path} is no JSON: {error}") from error
+        raise ValueError(f"config {path} is not valid JSON: {error}") from error
     model = document.get("model_cfg", document) if isinstance(document, dict) else None
-    if not isinstance(model, dict) or not all(isinstance(model.get(part), dict) for part in PLAIN_CONFIG):
-        raise ValueError(f"config {path} has no vision_cfg and text_cfg: give open_clip's {CONFIG_NAME}.")
+    if not isinstance(model, dict) or not all(isinstance(model.get(part), dict) for part in CLIP_MODEL_VALUES):
+        raise ValueError(f"config {path} has no vision_cfg and text_cfg: pass open_clip's {CONFIG_NAME}.")
     if "multimodal_cfg" in model:
-        raise ValueError(f"config {path}: multimodal_cfg is CoCa's; CLIPModel cannot express it.")
-    for part, plain in PLAIN_CONFIG.items():
-        for name, value in plain.items():
+        raise ValueError(f"config {path} has a multimodal_cfg: it is a CoCa, which CLIPModel can't express.")
+    for part, expected in CLIP_MODEL_VALUES.items():
+        for name, value in expected.items():
             if (given := model[part].get(name, value)) != value:
-                raise ValueError(f"config {path}: {part}.{name} = {given!r} is not expressible in CLIPModel.")
+                raise ValueError(f"config {path}: CLIPModel can't express {part}.{name} = {given!r}.")
     vision, text = model["vision_cfg"], model["text_cfg"]
     settings = Settings(
         quick_gelu=bool(model.get("quick_gelu", False)),
@@ -63,10 +75,10 @@ def read_config(path: Path) -> Settings:
         preprocess=document.get("preprocess_cfg"),
     )
     for kind, part in (("image", vision), ("text", text)):
-        settings.eps[kind] = (part.get("norm_kwargs") or {}).get("eps", 1e-5)
+        settings.eps[kind] = (part.get("norm_kwargs") or {}).get("eps", EPS)
     if text.get("heads") and text.get("width"):
         settings.text_head_width = text["width"] // text["heads"]
-    if not (model.get("mask_image") or model.get("mask_text")):  # else TinyCLIP's: sizes before pruning
+    if not (model.get("mask_image") or model.get("mask_text")):  # TinyCLIP's masks: the sizes are those before pruning
         stated = {
             ("image", "width"): vision.get("width"),
             ("image", "layers"): vision.get("layers"),
@@ -81,38 +93,52 @@ def read_config(path: Path) -> Settings:
     return settings
 
 
-def square_size(size, path: Path) -> int | None:
+def square_size(size: int | list[int] | None, path: Path) -> int | None:
+    """The side of a square image; open_clip states it as a number or as [height, width].
+
+    Raises:
+        ValueError: the image is not square.
+    """
     if isinstance(size, list):
         if len(set(size)) != 1:
-            raise ValueError(f"config {path}: images of {size} are not square, as CLIPModel needs them.")
+            raise ValueError(f"config {path}: images of {size} pixels are not square, as CLIPModel needs them.")
         return size[0]
     return size
 
 
 def head_width(kind: str, width: int, settings: Settings) -> int:
+    """Channels per attention head of a tower that is `width` wide.
+
+    Raises:
+        ValueError: a wide image tower without a config.
+    """
     if kind == "text":
         return settings.text_head_width or HEAD_WIDTH
     if settings.head_width is None and width > WIDEST_WITH_64:
         raise ValueError(
-            f"the width of the image tower's heads is not in the file, and at width {width} they are not 64 in "
-            f"open_clip's models: pass --config {CONFIG_NAME}."
+            f"the file doesn't say how wide the image tower's heads are, and in open_clip's models of width {width} "
+            f"they are not {HEAD_WIDTH} wide: pass --config {CONFIG_NAME}."
         )
     return settings.head_width or HEAD_WIDTH
 
 
 def image_size(sizes: dict[str, int], settings: Settings) -> int:
-    """Side of the input in pixels, by the grid of positions; the config's if it has the same grid."""
+    """Side of the input in pixels: the config's if its grid of patches is that of the positions, else grid x patch.
+
+    Raises:
+        ValueError: the positions form no square grid, or not the config's.
+    """
     grid, patch = round((sizes["positions"] - 1) ** 0.5), sizes["patch"]
     if grid**2 + 1 != sizes["positions"]:
         raise ValueError(
-            f"visual.positional_embedding has {sizes['positions']} rows, not a class token and a square grid: "
-            "not expressible in CLIPModel."
+            f"visual.positional_embedding has {sizes['positions']} rows, which is not a class token and a square grid: "
+            "CLIPModel can't express this."
         )
     if settings.image_size is None:
         return grid * patch
     if settings.image_size // patch != grid:
         raise ValueError(
             f"visual.positional_embedding is a grid of {grid} x {grid}, but the config has images of "
-            f"{settings.image_size} pixels and patches of {patch}: not its config."
+            f"{settings.image_size} pixels and patches of {patch}: it is the config of another model."
         )
     return settings.image_size

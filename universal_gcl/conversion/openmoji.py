@@ -1,15 +1,15 @@
-"""Rasterises OpenMoji into the quickstart's two parquet files. Developers run it once; users get its output.
+"""Draws OpenMoji's emoji into the quickstart's two parquet files. Only developers run this, once.
 
     npm pack openmoji@17.0.0 && tar xzf openmoji-17.0.0.tgz      # makes the folder `package`
-    pip install resvg-py==0.5.0                                  # needed here only
+    pip install resvg-py==0.5.0                                  # only this module needs it
     python -m universal_gcl.conversion.openmoji package hub_configs/quickstart
 
-- All emoji without skin tones, on white, SIZE × SIZE, PNG with a palette of at most COLOURS colours; of emoji drawn
-  exactly alike ("pilot", "man pilot") one is kept.
-- Columns `id` (hexcode), `image` (datasets' Image), `captions` (four each, see `openmoji_captions`).
-- The same inputs and library versions write the same bytes.
+- All emoji without skin tones are drawn on white, SIZE × SIZE pixels, as PNG with a palette of at most COLOURS colours.
+  Of emoji with the same drawing ("pilot", "man pilot") only one is kept.
+- The columns are `id` (hexcode), `image` (datasets' Image) and `captions` (four each, see `openmoji_captions`).
+- With the same inputs and the same library versions, the files have the same bytes.
 
-OpenMoji is licensed CC BY-SA 4.0 (https://openmoji.org), and so are the files made here.
+OpenMoji is licensed under CC BY-SA 4.0 (https://openmoji.org), and so are the files written here.
 """
 
 import io
@@ -35,15 +35,15 @@ def write_openmoji(package_dir: str | Path, out_dir: str | Path, rasterise: Rast
 
     Args:
         package_dir: the unpacked npm package; `data/openmoji.json` and `color/svg/` are read.
-        out_dir: folder for the two files; made if absent.
-        rasterise: function of (SVG text, side in pixels) giving an image file's bytes; default: resvg.
+        out_dir: folder for the two files; it is made if absent.
+        rasterise: function of (SVG text, side in pixels) that returns the bytes of an image file; by default resvg.
 
     Returns:
-        Counts: emoji listed, left out, those of `caption_report`, and `train` and `test`, the rows of each file.
+        Counts: the emoji listed and left out, those of `caption_report`, and the rows of each file (`train`, `test`).
 
     Raises:
-        FileNotFoundError: the metadata or an SVG is absent.
-        ValueError: the metadata lists an emoji twice, or an SVG cannot be drawn; names it.
+        FileNotFoundError: the metadata or an SVG is missing.
+        ValueError: the metadata lists an emoji twice, or an SVG can't be drawn; the message names it.
     """
     package_dir, out_dir = Path(package_dir), Path(out_dir)
     listed = read_entries(package_dir / "data" / "openmoji.json")
@@ -52,7 +52,7 @@ def write_openmoji(package_dir: str | Path, out_dir: str | Path, rasterise: Rast
     for entry in listed:
         svg = package_dir / "color" / "svg" / f"{entry['hexcode']}.svg"
         if not svg.is_file():
-            raise FileNotFoundError(f"{svg} is absent, though the metadata lists it ({entry['annotation']}).")
+            raise FileNotFoundError(f"{svg} is missing, but the metadata lists it ({entry['annotation']}).")
         images[entry["hexcode"]] = draw(svg, rasterise)
     entries = without_repeats(listed, images)
     captions = make_captions(entries)
@@ -66,15 +66,15 @@ def write_openmoji(package_dir: str | Path, out_dir: str | Path, rasterise: Rast
         Dataset.from_dict(columns, features=FEATURES).to_parquet(out_dir / f"openmoji_{split}.parquet")
     report = {
         "emoji without skin tones": len(listed),
-        "left out, drawn exactly like another": len(listed) - len(entries),
+        "left out, same drawing as another": len(listed) - len(entries),
     }
     return report | caption_report(entries, captions) | {split: len(split_rows) for split, split_rows in rows.items()}
 
 
 def without_repeats(entries: list[dict], images: dict[str, bytes]) -> list[dict]:
-    """Of the entries with the very same picture, the one with the shortest annotation ("pilot", not "man pilot").
+    """Keeps one entry of those with the same picture, the one with the shortest annotation ("pilot", not "man pilot").
 
-    As pairs, the others would be false negatives in training, and unanswerable in evaluation.
+    The others would be false negatives in training, and queries without a unique answer in evaluation.
     """
     kept: dict[bytes, dict] = {}
     for entry in entries:
@@ -86,9 +86,9 @@ def without_repeats(entries: list[dict], images: dict[str, bytes]) -> list[dict]
 
 
 def read_entries(path: Path) -> list[dict]:
-    """The metadata of the emoji without skin tones, in the file's order."""
+    """Reads the metadata of the emoji without skin tones, in the file's order."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is absent: give the folder that `npm pack openmoji@17.0.0` unpacks to.")
+        raise FileNotFoundError(f"{path} is missing: pass the folder of the unpacked `npm pack openmoji@17.0.0`.")
     entries = [entry for entry in json.loads(path.read_text(encoding="utf-8")) if not entry["skintone"]]
     seen: set[str] = set()
     for entry in entries:
@@ -99,14 +99,14 @@ def read_entries(path: Path) -> list[dict]:
 
 
 def draw(svg: Path, rasterise: Rasteriser) -> bytes:
-    """PNG bytes of an SVG file: `SIZE` pixels square, on white, with a palette."""
+    """Draws an SVG file on white, `SIZE` pixels square; returns a PNG with a palette."""
     try:
         drawn = PILImage.open(io.BytesIO(rasterise(svg.read_text(encoding="utf-8"), SIZE))).convert("RGBA")
     except (ValueError, OSError) as error:
-        raise ValueError(f"{svg} cannot be drawn: {error}") from error
+        raise ValueError(f"{svg} can't be drawn: {error}") from error
     image = PILImage.new("RGBA", drawn.size, "white")
     image.alpha_composite(drawn)
-    # No dithering: the art is flat, and dots would cost bytes and add texture that it does not have.
+    # no dithering: the drawings have flat colours, and dots would cost bytes and add texture
     palette = image.convert("RGB").quantize(COLOURS, dither=PILImage.Dither.NONE)
     file = io.BytesIO()
     palette.save(file, format="PNG", optimize=True)
@@ -114,7 +114,8 @@ def draw(svg: Path, rasterise: Rasteriser) -> bytes:
 
 
 def rasterise_with_resvg(svg: str, size: int) -> bytes:
-    import resvg_py  # a tool of this module only, so no dependency of the project
+    """Draws SVG text as a PNG of `size` x `size` pixels."""
+    import resvg_py  # not a dependency of the project, as only this module uses it
 
     return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
 
@@ -122,5 +123,5 @@ def rasterise_with_resvg(svg: str, size: int) -> bytes:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python -m universal_gcl.conversion.openmoji PACKAGE_DIR OUT_DIR")
-    for what, count in write_openmoji(*sys.argv[1:]).items():
+    for what, count in write_openmoji(sys.argv[1], sys.argv[2]).items():
         print(f"{count:6d} {what}")

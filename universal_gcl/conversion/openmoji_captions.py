@@ -1,13 +1,13 @@
-"""Four captions for each emoji, and its split, from OpenMoji's metadata (`data/openmoji.json`).
+"""Makes four captions for each emoji, and chooses its split, from OpenMoji's metadata (`data/openmoji.json`).
 
-The nine-way protocol gives the captions roles, so they say the same thing in different words:
+The captions of an emoji say the same in different words, because the nine-way protocol uses each for another purpose:
 
 0. the annotation: "grinning cat".
-1. the annotation and some tags, or what kind of thing it is: "grinning cat, animal and mouth".
-2. and 3. disjoint subsets of the other tags, without the annotation: "cat face: smile", "emoji for grin and open".
+1. the annotation with some tags or its kind: "grinning cat, animal and mouth".
+2. and 3. two disjoint subsets of the other tags, without the annotation: "cat face: smile", "emoji for grin and open".
 
-Where the metadata names no tags beyond the annotation's own words, captions 2 and 3 restate the annotation
-("rectangle symbol showing black rectangle"). They are counted: see `caption_report`.
+If the metadata has no tags beyond the words of the annotation, captions 2 and 3 repeat the annotation ("rectangle
+symbol showing black rectangle"). `caption_report` counts these.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ TAGS_PER_CAPTION = 3
 TEST_SHARE = 0.19
 GENDER_WORDS = {"man", "men", "woman", "women", "person", "people", "male", "female"}
 
-# Subgroups whose identifier, with dashes as spaces, is not what one would say.
+# phrases for subgroups whose identifier is not natural English, even with spaces instead of dashes
 SUBGROUP_PHRASES = {
     "face-smiling": "smiling face",
     "face-affection": "affectionate face",
@@ -103,10 +103,10 @@ SUBGROUP_PHRASES = {
 
 
 def make_captions(entries: list[dict]) -> list[list[str]]:
-    """Four distinct captions for each entry, made different between entries wherever their names differ.
+    """Makes four distinct captions for each entry. Two entries share a caption only if their names are equal.
 
     Args:
-        entries: objects of openmoji.json (keys `annotation`, `tags`, `openmoji_tags`, `subgroups` are used).
+        entries: objects of openmoji.json; the keys `annotation`, `tags`, `openmoji_tags` and `subgroups` are used.
 
     Returns:
         One list of four strings per entry, in order.
@@ -119,7 +119,7 @@ def make_captions(entries: list[dict]) -> list[list[str]]:
 
 
 def distinct_names(entries: list[dict]) -> list[str]:
-    """The annotations as one would say them; two equal ones get their subgroup added, if that tells them apart."""
+    """The annotations in natural English. If entries share a name, their subgroup is added to it."""
     names = [spoken_name(entry["annotation"]) for entry in entries]
     counts = Counter(name.casefold() for name in names)
     return [
@@ -129,17 +129,18 @@ def distinct_names(entries: list[dict]) -> list[str]:
 
 
 def spoken_name(annotation: str) -> str:
-    """ "flag: Peru" → "flag of Peru"; "keycap: 3" → "keycap 3"."""
+    """An annotation in natural English: "flag: Peru" → "flag of Peru", "keycap: 3" → "keycap 3"."""
     name = " ".join(annotation.split())
     return name.replace("flag: ", "flag of ", 1).replace("keycap: ", "keycap ", 1)
 
 
 def subgroup_phrase(entry: dict) -> str:
+    """The entry's kind in natural English: "animal-bird" → "bird"."""
     return SUBGROUP_PHRASES.get(entry["subgroups"], entry["subgroups"].replace("-", " "))
 
 
 def new_tags(entry: dict, name: str) -> list[str]:
-    """The entry's tags that say more than its name and kind: each once, with letters and some word not in those two."""
+    """The entry's tags that add a word to its name and kind, each once; tags without letters are left out."""
     known = words(f"{name} {subgroup_phrase(entry)}")
     is_flag = "flag" in entry["subgroups"]
     tags, seen = [], set()
@@ -154,7 +155,7 @@ def new_tags(entry: dict, name: str) -> list[str]:
 
 
 def describe(entry: dict, name: str) -> list[str]:
-    """The four captions of one entry, without regard to the others."""
+    """The four captions of one entry, which other entries may have too."""
     kind, tags = subgroup_phrase(entry), new_tags(entry, name)
     if len(tags) >= 3:
         return [
@@ -172,13 +173,20 @@ def describe(entry: dict, name: str) -> list[str]:
 
 
 def enumerate_tags(tags: list[str]) -> str:
-    """ "a", "a and b", "a, b and c"; the first `TAGS_PER_CAPTION` of them."""
+    """The first `TAGS_PER_CAPTION` tags as an enumeration: "a", "a and b", "a, b and c"."""
     *head, last = tags[:TAGS_PER_CAPTION]
     return f"{', '.join(head)} and {last}" if head else last
 
 
 def separate(texts: list[str], names: list[str], captions: list[list[str]], role: int) -> None:
-    """Appends to captions that several entries share the words that tell their names apart ("…, woman")."""
+    """Makes captions different that several entries share: appends the words in which their names differ ("…, woman").
+
+    Args:
+        texts: caption number `role` of each entry.
+        names: name of each entry.
+        captions: the captions of each entry; changed in place.
+        role: number of the caption.
+    """
     owners: dict[str, list[int]] = {}
     for index, text in enumerate(texts):
         owners.setdefault(text.casefold(), []).append(index)
@@ -197,17 +205,19 @@ def separate(texts: list[str], names: list[str], captions: list[list[str]], role
 
 
 def split_words(text: str) -> list[str]:
+    """The words of a text, in order."""
     return re.findall(r"[\w'’-]+", text)
 
 
 def words(text: str) -> set[str]:
+    """The different words of a text, case-folded."""
     return set(split_words(text.casefold()))
 
 
 def split_of(entry: dict) -> str:
-    """ "train" or "test", by a hash of the entry's family: variants by gender, or of one "prefix: …", stay together.
+    """ "train" or "test", by a hash of the entry's family. Variants by gender or of one "prefix: …" are one family.
 
-    Flags are no variants of each other, so each goes its own way.
+    Flags are not variants of each other: each is a family of its own.
     """
     name = spoken_name(entry["annotation"]).casefold()
     family = name.split(":")[0]
@@ -217,14 +227,14 @@ def split_of(entry: dict) -> str:
 
 
 def caption_report(entries: list[dict], captions: list[list[str]]) -> dict[str, int]:
-    """Counts: entries, captions that another entry has too, entries whose captions 2 and 3 restate the annotation."""
+    """Counts the entries, the captions that two entries share, and the entries whose captions repeat the annotation."""
     counts = Counter(text.casefold() for row in captions for text in set(row))
     names = distinct_names(entries)
     return {
         "entries": len(entries),
         "captions": sum(len(row) for row in captions),
         "captions shared with another entry": sum(counts[text.casefold()] > 1 for row in captions for text in row),
-        "entries whose captions restate the annotation": sum(
+        "entries whose captions repeat the annotation": sum(
             not new_tags(entry, name) for entry, name in zip(entries, names, strict=True)
         ),
     }

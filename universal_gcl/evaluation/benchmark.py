@@ -1,10 +1,10 @@
-"""Retrieval over pools: M-BEIR, MixBench and composed retrieval share it.
+"""Retrieval over pools: the part that M-BEIR, MixBench and WebVid-CoVR share.
 
-A task's queries search its *local* pool and the *global* one, all pools joined. What is written under the run's folder:
-- `embeddings/`: a store for each pool and each task's queries (see `retrieval.store`); the global pool is searched in
-  the local ones, so that nothing is embedded twice;
+The queries of a task search its *local* pool and the *global* pool, which is all pools joined. The run's folder gets:
+- `embeddings/`: one store for each pool and for each task's queries (see `retrieval.store`); the global pool is
+  searched in the stores of the local ones, so nothing is embedded twice;
 - `runs/TASK.SCOPE.safetensors`: the best candidates of each query (`retrieval.run.Run`);
-- `records/TASK.SCOPE.jsonl`: for each query, the ranks of its positives (`evaluation.scoring`).
+- `records/TASK.SCOPE.jsonl`: the ranks of each query's positives (`evaluation.scoring`).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,11 +13,14 @@ from pathlib import Path
 
 from universal_gcl.evaluation.scoring import score_run, write_records
 from universal_gcl.retrieval.processes import Processes
-from universal_gcl.retrieval.run import search
+from universal_gcl.retrieval.run import Run, search
 from universal_gcl.retrieval.store import Store
 
 SCOPES = ("local", "global")
 DEPTH = 100  # candidates kept for each query
+KS = (1, 5, 10, 50)
+
+Embed = Callable[[str, Sequence], Store]  # (name, rows) → the store of the rows; `Session.embed`
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,18 @@ class RetrievalTask:
 def evaluate_tasks(
     tasks: Sequence[RetrievalTask],
     pools: Mapping[str, Sequence],
-    embed: Callable[[str, Sequence], Store],
+    embed: Embed,
     out: str | Path,
     *,
     scopes: Sequence[str] = SCOPES,
-    ks: Sequence[int] = (1, 5, 10, 50),
+    ks: Sequence[int] = KS,
     device: str = "cpu",
 ) -> dict | None:
     """
-    Embed, search and score. Called by all processes of a launch: they share the embedding.
+    Embed, search and score. All processes of a launch call this: they share the embedding.
 
     Args:
-        pools: name → sequence of `(id, row)`; for the global scope, all pools of the benchmark, whose ids differ.
+        pools: name → sequence of `(id, row)`; for the global scope, all pools of the benchmark. No two share an id.
         embed: `(name, rows)` → the store of the rows; `Session.embed`.
         out: folder for runs and records.
         scopes: `"local"`, `"global"` or both.
@@ -62,12 +65,13 @@ def evaluate_tasks(
     Returns:
         On process 0, None on the others; rates in 0..1:
         - `tasks`: name → `{"direction", "queries", "pool", SCOPE: {"candidates", "positives_outside", metrics…}}`;
-          `positives_outside` counts the positives that the scope's pool does not hold (OVEN and InfoSeek of M-BEIR
-          share positives): they can't be found, and lower recall and nDCG;
-        - `candidates`: pool → how many; `skipped`: store → `{id: why}` of rows without embedding, where there are any.
+          `positives_outside` counts the positives that are not in the scope's pool (OVEN and InfoSeek of M-BEIR share
+          positives): they can't be found, and lower recall and nDCG;
+        - `candidates`: pool → number of candidates; `skipped`: store → `{id: why}` of rows without an embedding, for
+          stores that have such rows.
 
     Raises:
-        ValueError: a pool that is not there, a query without positives, ids that two pools share.
+        ValueError: a task names a pool that is absent, a query has no positives, or two pools share an id.
     """
     tasks, out = list(tasks), Path(out)
     for task in tasks:
@@ -79,20 +83,16 @@ def evaluate_tasks(
     if Processes().rank != 0:
         return None
 
-    everything = set().union(*(store.ids for store in pool_stores.values())) if "global" in scopes else set()
-    members = {name: set(pool_stores[name].ids) for name in {task.pool for task in tasks}}
+    all_ids = set().union(*(store.ids for store in pool_stores.values())) if "global" in scopes else set()
+    ids_of = {name: set(pool_stores[name].ids) for name in {task.pool for task in tasks}}
     results = {}
     for task in tasks:
-        result = {"direction": task.direction, "queries": len(task.queries), "pool": task.pool}
+        result: dict = {"direction": task.direction, "queries": len(task.queries), "pool": task.pool}
         for scope in scopes:
             searched = [pool_stores[task.pool]] if scope == "local" else list(pool_stores.values())
             run = search(query_stores[task.name], searched, DEPTH, device=device)
-            metrics, records = score_run(run, task.positives, ks)
-            path = out / "runs" / f"{task.name}.{scope}.safetensors"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            run.save(path)
-            write_records(out / "records" / f"{task.name}.{scope}.jsonl", records)
-            inside = members[task.pool] if scope == "local" else everything
+            metrics = save_and_score(run, task.positives, out, f"{task.name}.{scope}", ks)
+            inside = ids_of[task.pool] if scope == "local" else all_ids
             outside = sum(name not in inside for positives in task.positives.values() for name in set(positives))
             counts = {"candidates": sum(map(len, searched)), "positives_outside": outside}
             result[scope] = counts | metrics
@@ -104,3 +104,31 @@ def evaluate_tasks(
         "candidates": {name: len(store) for name, store in pool_stores.items()},
         "skipped": {name: store.skipped for name, store in stores.items() if store.skipped},
     }
+
+
+def save_and_score(
+    run: Run,
+    positives: Mapping[str, Collection[str]],
+    out: Path,
+    name: str,
+    ks: Sequence[int] = KS,
+    *,
+    about: Mapping[str, dict] | None = None,
+) -> dict[str, float]:
+    """Write a run to `out/runs/NAME.safetensors`, score it, and write the records to `out/records/NAME.jsonl`.
+
+    Args:
+        run, positives, ks: as for `evaluation.scoring.score_run`, which says what is raised.
+        about: query id → further fields of its record.
+
+    Returns:
+        metric → mean over the queries, in 0..1.
+    """
+    metrics, records = score_run(run, positives, ks)
+    path = out / "runs" / f"{name}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run.save(path)
+    if about is not None:
+        records = [record | about[record["query"]] for record in records]
+    write_records(out / "records" / f"{name}.jsonl", records)
+    return metrics

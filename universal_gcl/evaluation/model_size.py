@@ -1,17 +1,24 @@
-"""A model's size, as mteb's ModelMeta and the model card state it."""
+"""The size of a model, as mteb's ModelMeta and the model card give it."""
 
-_UNLIMITED = 10**6  # tokenizers without a limit state one of 10^30
+from typing import Any
+
+from modeling_gcl import GCLModel, GCLProcessor
+
+_UNLIMITED = 10**6  # tokenizers without a limit give one of 10^30
 
 
-def model_size(model, processor) -> dict:
+def model_size(model: GCLModel, processor: GCLProcessor) -> dict[str, Any]:
     """
     Args:
-        model: a `GCLModel`.
+        model: the model that is measured.
         processor: the checkpoint's processor.
 
     Returns:
-        `n_parameters`; `n_embedding_parameters`, of the tokens' table; `memory_usage_mb`, of the parameters in their
-        dtype, in MiB; `max_tokens` of a text, None without a limit; `embed_dim`.
+        - `n_parameters`;
+        - `n_embedding_parameters`: those of the token embeddings;
+        - `memory_usage_mb`: memory of the parameters in their dtype, in MiB;
+        - `max_tokens`: the longest text, None without a limit;
+        - `embed_dim`.
     """
     parameters = list(model.parameters())
     max_tokens = processor.max_text_length or processor.tokenizer.model_max_length

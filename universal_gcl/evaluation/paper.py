@@ -1,4 +1,4 @@
-"""The tables of the paper (arXiv 2509.25638, NeurIPS 2025 camera-ready), to stand beside ours. Rates in percent."""
+"""The tables of the paper (arXiv 2509.25638, NeurIPS 2025 camera-ready), shown next to ours. Rates in percent."""
 
 import json
 from collections.abc import Sequence
@@ -17,21 +17,30 @@ _TABLES = {
 
 
 def paper_table(name: str) -> tuple[list[str], dict[str, list[float]]]:
-    """The columns (a model and how it was trained, e.g. `"CLIP-SF_GCL+Pairwise"`) and rows (e.g. `"CIRR it>i"` → one
-    figure for each column) of a table: mbeir_local, mbeir_global, mmeb, covr, ablation or tinyclip. Averages are no
-    rows, except in tinyclip, which has no tasks."""
+    """The columns and rows of a table of the paper.
+
+    Args:
+        name: mbeir_local, mbeir_global, mmeb, covr, ablation or tinyclip.
+
+    Returns:
+        - the columns: a model and how it was trained, e.g. `"CLIP-SF_GCL+Pairwise"`;
+        - the rows: e.g. `"CIRR it→i"` → one figure for each column. Averages are not among them, except in tinyclip,
+          which has no tasks.
+    """
     table = dict(_read()[_TABLES[name]])
     columns = table.pop("columns", _read()["columns"])
     return columns, table.get("rows", table)
 
 
-def terminal_table(left: Sequence[str], columns: Sequence[str], right: Sequence[str], lines: Sequence) -> str:
+def terminal_table(
+    left: Sequence[str], columns: Sequence[str], right: Sequence[str], lines: Sequence[Sequence[str]]
+) -> str:
     """
     Lines for a terminal; with seven of the paper's columns they fit into 100 characters.
 
     Args:
-        left, columns, right: the header; `columns` of the paper, whose names take three lines: model, loss, pairing.
-        lines: cells as in the header. The first is flush left, the others flush right.
+        left, columns, right: the header. `columns` are the paper's, whose names take three lines: model, loss, pairing.
+        lines: cells as in the header. The first is aligned left, the others right.
     """
     heads = [_head(column) for column in columns]
     header = [[*[""] * len(left), *(head[place] for head in heads), *[""] * len(right)] for place in range(2)]
@@ -42,7 +51,7 @@ def terminal_table(left: Sequence[str], columns: Sequence[str], right: Sequence[
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """The same for a file; a column of the paper is `"VISTA GCL+Pairwise"`. The first is flush left."""
+    """The same for a file; the paper's columns read as `"VISTA GCL+Pairwise"`. The first column is aligned left."""
     rows = [[cell.replace("_", " ") for cell in header], ["---"] + ["---:"] * (len(header) - 1), *lines]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -1,13 +1,10 @@
-"""Metrics of a run against its positives. No model is needed: `Run.load`, a file of positives, and this."""
+"""Score a run against its positives. This needs no model, only `Run.load` and a file of positives."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from universal_gcl.evaluation.metrics.hit_rate.hit_rate import hit_rate_at_k
-from universal_gcl.evaluation.metrics.mrr.mrr import mrr_at_k
-from universal_gcl.evaluation.metrics.ndcg.ndcg import ndcg_at_k
-from universal_gcl.evaluation.metrics.recall.recall import recall_at_k
+from universal_gcl.evaluation.metrics import hit_rate_at_k, mrr_at_k, ndcg_at_k, recall_at_k
 from universal_gcl.retrieval.run import Run
 from universal_gcl.retrieval.store import write_whole
 
@@ -21,22 +18,25 @@ def score_run(
     Score the rankings of a run.
 
     Args:
-        run: its depth (candidates for each query) must reach the largest k, unless it holds its whole pool.
-        positives: query id → ids of its relevant candidates, at least one; of all queries that count. A query that the
-            run does not hold (its embedding could not be made) is a miss.
+        run: its depth, the number of candidates for each query, must reach the largest k, unless each ranking holds the
+            whole pool.
+        positives: query id → ids of its relevant candidates, at least one, for all queries that count. A query that is
+            missing from the run, because it could not be embedded, is a miss.
         ks: cut-offs.
 
     Returns:
-        - metric → mean over the queries, in 0..1: `hit@k`, `recall@k`, `ndcg@k` of each k, and `mrr@d` at the depth d;
-        - one record for each query, in the order of `positives`: `{"query", "positives": how many, "ranks": of those
-          that were found, from 1 on, ascending}`, from which all metrics can be had again.
+        - metric → mean over the queries, in 0..1: `hit@k`, `recall@k` and `ndcg@k` for each k, and `mrr@d` at depth d;
+        - one record for each query, in the order of `positives`: `{"query", "positives", "ranks"}` with the number of
+          positives and the ranks of those that were found, from 1 on, ascending. All metrics follow from these.
 
     Raises:
-        ValueError: a query of the run without positives, a query with none, k beyond the run's depth.
+        ValueError: a query of the run is not in `positives` or has none there, or k exceeds the depth of the run.
     """
     depth, pool = run.candidates.shape[1], sum(part["rows"] - part["skipped"] for part in run.manifest["pools"])
     if max(ks) > depth and depth < pool:
-        raise ValueError(f"the run holds {depth} candidates for each query: hit@{max(ks)} needs more; search deeper")
+        raise ValueError(
+            f"the run holds {depth} candidates for each query: hit@{max(ks)} needs more; search with a larger depth"
+        )
     numbers = {name: number for number, name in enumerate(run.query_ids)}
     unknown = [name for name in run.query_ids if name not in positives]
     if unknown:
@@ -54,7 +54,7 @@ def score_run(
 
 
 def write_records(path: str | Path, records: Sequence[dict]) -> None:
-    """One JSON object a line; whole or not at all."""
+    """Write one JSON object per line. An interrupted write leaves no partial file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     write_whole(Path(path), lambda file: file.write(text.encode()))

@@ -1,10 +1,10 @@
-"""A model under measurement: loaded in one variant, embedding into a folder of its own, writing its result there.
+"""A model under measurement: loaded in one variant, embedding into a folder of its own and writing its result there.
 
-Variants are baselines that need no training, of the same checkpoint:
+Variants are baselines of the same checkpoint that need no training:
 - `plain`: as the checkpoint says;
-- `centring`: GR-CLIP (arXiv 2507.19054) with the means of calibration pairs, or those stored in the checkpoint;
+- `centring`: GR-CLIP (arXiv 2507.19054), with the means of calibration pairs or those stored in the checkpoint;
 - `sum`, `normalized_sum`, `native`: another fusion rule than the checkpoint's;
-- two of them together, such as `normalized_sum+centring`.
+- a fusion rule and centring together, such as `normalized_sum+centring`.
 """
 
 import sys
@@ -29,21 +29,21 @@ class Session:
     """
     Args:
         model: folder or Hub id of a GCL checkpoint or any dual encoder.
-        out: folder for all that is written; None to write nothing (`embed` needs one).
+        out: folder for everything that is written; None to write nothing (`embed` and `write` need one).
         variant: see above.
-        centre_on: calibration pairs of `centring` (folder, file or Hub id), never those that are searched; without it
-            the checkpoint's own means are taken.
-        revision: of a model on the Hub.
+        centre_on: calibration pairs of `centring` (folder, file or Hub id), never the pairs that are searched; without
+            them, the means stored in the checkpoint are used.
+        revision: branch, tag or commit of a model on the Hub.
         batch_size, truncate_dim: as for `GCLModel.encode`.
-        skip_unreadable: leave out rows whose image or video can't be read, instead of an error; they are counted and
-            named in the result.
+        skip_unreadable: leave out rows whose image or video can't be read, instead of raising an error; the result
+            counts and names them.
 
     Attributes:
-        model, processor: in evaluation mode, on this process's device; `device`.
-        is_main: whether this process scores and writes; all of them embed.
+        model, processor: in evaluation mode, on this process's `device`.
+        is_main: whether this process scores and writes. All processes embed.
 
     Raises:
-        ValueError: an unknown variant, centring without means.
+        ValueError: an unknown variant, or centring without means.
     """
 
     def __init__(
@@ -83,14 +83,19 @@ class Session:
             "skip_unreadable": skip_unreadable,
         }
 
-    def _centre(self, name, centre_on):
+    def _centre(self, name: str, centre_on: str | None) -> None:
         if centre_on is not None:
             self.model.config.centring = False
             if self.is_main:
                 pairs = load_pairs(SourceArguments(centre_on))
-                options = {"batch_size": self.batch_size, "show_progress": sys.stderr.isatty()}
-                estimate_modality_means(self.model, self.processor, pairs, **options)
-            # one process's means for all, as two GPUs may differ in the last bit
+                estimate_modality_means(
+                    self.model,
+                    self.processor,
+                    pairs,
+                    batch_size=self.batch_size,
+                    show_progress=sys.stderr.isatty(),
+                )
+            # all processes take the means of one, since two GPUs may differ in the last bit
             self.model.modality_means.copy_(self.processes.gather(self.model.modality_means.cpu())[0])
         if not self.model.modality_means.any():
             raise ValueError(
@@ -99,31 +104,50 @@ class Session:
             )
         self.model.config.centring = True
 
+    @property
+    def folder(self) -> Path:
+        """The folder for everything that is written.
+
+        Raises:
+            ValueError: the session has none.
+        """
+        if self.out is None:
+            raise ValueError("this session has no folder to write to: give it one as `out`")
+        return self.out
+
     def embed(self, name: str, rows: Sequence) -> Store:
-        """Embed rows `(id, row)` into `OUT/embeddings/NAME`, or go on with what is there; called by all processes. See
-        `retrieval.embed.embed_rows` for the errors."""
+        """Embed rows `(id, row)` into `OUT/embeddings/NAME`, or continue an earlier call. All processes call this.
+
+        Raises:
+            ValueError: the session has no folder; else as `retrieval.embed.embed_rows`.
+        """
         return embed_rows(
             self.model,
             self.processor,
             rows,
-            self.out / "embeddings" / name,
+            self.folder / "embeddings" / name,
             batch_size=self.batch_size,
             truncate_dim=self.truncate_dim,
             on_error="skip" if self.skip_unreadable else "raise",
             show_progress=True,
         )
 
-    def write(self, protocol: str, settings: dict, result: dict) -> Path:
-        """Write `OUT/results.json`: what was run, in which environment, and the result."""
+    def write(self, protocol: str, settings: dict, result: dict | list) -> Path:
+        """Write `OUT/results.json`: what was run, the environment and the result.
+
+        Raises:
+            ValueError: the session has no folder.
+        """
+        path = self.folder / "results.json"
         written = {"protocol": protocol, "command": command_line(), **self.settings, **settings}
         written["fingerprint"] = model_fingerprint(self.model, self.processor)
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json(self.out / "results.json", written | {"environment": collect_environment(), "result": result})
-        return self.out / "results.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, written | {"environment": collect_environment(), "result": result})
+        return path
 
 
 def parse_variant(variant: str) -> tuple[str | None, bool]:
-    """The fusion rule that a variant asks for, None for the checkpoint's own, and whether it is centred.
+    """The fusion rule that a variant asks for (None: the checkpoint's own), and whether it centres.
 
     Raises:
         ValueError: an unknown variant, or parts that exclude each other.

@@ -1,17 +1,17 @@
-"""The Hub-ready folder: what goes beside the weights, the processor and the code files.
+"""The Hub-ready folder: the files that accompany the weights, the processor and the code.
 
 - `recipe.yaml`: the recipe as run
 - `environment.json`: versions, hardware, git SHA
-- `data.json`: sources, revisions, pairs used and skipped
+- `data.json`: sources, revisions, numbers of pairs used and skipped
 - `results.json`: what the evaluation measured
 - `pictures/`: heat map, PCA, curves, result sheet
-- `benchmarks/`: what `gcl evaluate` measured of this model, once `gcl card` was given it
-- `card.json`: the model card's facts that are in none of these
-- `.eval_results/`: the benchmarks as the Hub reads them
-- `README.md`: the model card; written last, so that a folder with a card is complete
+- `benchmarks/`: results of `gcl evaluate` on this model that were given to `gcl card`
+- `card.json`: the facts of the model card that are in none of the other files
+- `.eval_results/`: the benchmarks in the form that the Hub reads
+- `README.md`: the model card; it is written last, so a folder with a card is complete
 
-Of these a conversion writes `environment.json`, `card.json` and `README.md`. A card can be written anew from the folder
-alone, for another id or with more benchmarks.
+A conversion writes `environment.json`, `card.json` and `README.md`. The card can be rewritten from the folder alone,
+for another id or with more benchmarks.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -47,24 +48,24 @@ def write_hub_folder(
     results: dict,
     pictures: dict[str, Path] | None = None,
 ) -> Path:
-    """Completes a folder that `save_model_folder` wrote.
+    """Complete a folder that `save_model_folder` wrote.
 
-    Each file appears whole or not at all. An older card, and benchmarks of the model that it was of, are removed first.
+    Each file appears whole or not at all. An older card and the benchmarks of its model are removed first.
 
     Args:
-        folder: holds `config.json` and the weights already.
+        folder: already holds `config.json` and the weights.
         facts: for the card; its `pictures` are set here.
         recipe_text: YAML of the recipe as run.
-        results: JSON-serialisable, rates in 0..1; written as they are. `before` and `after` are those of the facts.
-        pictures: name (see `model_card.PICTURES`) → an image file, inside the folder or elsewhere.
+        results: written to `results.json` as they are; rates in 0..1. `before` and `after` are those of the facts.
+        pictures: name (see `model_card.PICTURES`) → an image file, in the folder or elsewhere.
 
     Returns:
         Path of the folder.
 
     Raises:
-        FileNotFoundError: the folder holds no saved model, or a picture is absent.
-        ValueError: the recipe is no YAML, figures are not finite, or a fact is missing.
-        TypeError: the recipe is no mapping.
+        FileNotFoundError: the folder holds no saved model, or a picture is missing.
+        ValueError: the recipe is not YAML, figures are not finite, or a fact is missing.
+        TypeError: the recipe is not a mapping.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -72,7 +73,7 @@ def write_hub_folder(
     try:
         recipe = yaml.safe_load(recipe_text)
     except yaml.YAMLError as error:
-        raise ValueError(f"recipe_text is no YAML: {error}") from error
+        raise ValueError(f"recipe_text is not YAML: {error}") from error
     if not isinstance(recipe, dict):
         raise TypeError(f"recipe_text must be a YAML mapping, got {type(recipe).__name__}.")
 
@@ -98,8 +99,14 @@ def write_conversion(
     licence: str | None = None,
     licence_note: str = "",
 ) -> None:
-    """Completes a folder that a converter wrote by `save_model_folder`, to be moved to `out`; the rest as of
-    `CardFacts`."""
+    """Complete a folder that a converter wrote with `save_model_folder`.
+
+    Args:
+        folder: already holds the model.
+        out: the folder that it will be moved to.
+        model, processor: what the folder holds.
+        base_model, conversion, base_model_ids, licence, licence_note: see `CardFacts`.
+    """
     write_card(
         folder,
         CardFacts(
@@ -118,10 +125,10 @@ def write_conversion(
 
 
 def write_card(folder: Path, facts: CardFacts) -> Path:
-    """Writes `environment.json`, `card.json`, `.eval_results/` and at last `README.md`; returns the card's path.
+    """Write `environment.json`, `card.json`, `.eval_results/` and, last, `README.md`; return the path of the card.
 
     Raises:
-        ValueError: a fact is missing, inconsistent, or not what the Hub takes; the message names it.
+        ValueError: a fact is missing, contradicts another, or the Hub would refuse it; the message names the fact.
         FileNotFoundError: a picture is not in the folder.
     """
     for name, path in facts.pictures.items():
@@ -138,10 +145,10 @@ def write_card(folder: Path, facts: CardFacts) -> Path:
 
 
 def card_files(facts: CardFacts) -> dict[str, str]:
-    """Path → text of `.eval_results/`, `card.json` and, last, `README.md`. Errors as of `write_card`."""
+    """Path → text of `.eval_results/`, `card.json` and, last, `README.md`. Raises what `write_card` raises."""
     readme = card_text(facts)
-    told = {name: value for name, value in asdict(facts).items() if name not in _ELSEWHERE}
-    card = {"facts": told, "readme_sha256": hashlib.sha256(readme.encode()).hexdigest()}
+    own = {name: value for name, value in asdict(facts).items() if name not in _ELSEWHERE}
+    card = {"facts": own, "readme_sha256": hashlib.sha256(readme.encode()).hexdigest()}
     files = eval_result_files(facts.benchmarks, facts.model_name if facts.on_hub else None)
     return files | {"card.json": json_text(card, "card.json"), "README.md": readme}
 
@@ -151,22 +158,22 @@ def read_facts(folder: Path) -> CardFacts:
     The facts that a folder holds.
 
     Raises:
-        ValueError: there is no `card.json`, or files are no longer what was written.
+        ValueError: there is no `card.json`, or a file is missing or damaged.
     """
     if not (folder / "card.json").is_file():
         raise ValueError(
-            f"{folder} holds no card.json, which training and `gcl convert` write: nothing tells where this model "
-            "comes from. Write its README.md by hand"
+            f"{folder} holds no card.json, which training and `gcl convert` write, so it is not known how this model "
+            "was made. Write its README.md by hand"
         )
     try:
-        told = _read_json(folder / "card.json")["facts"] | {"environment": _read_json(folder / "environment.json")}
-        if not told["conversion"]:
+        read = _read_json(folder / "card.json")["facts"] | {"environment": _read_json(folder / "environment.json")}
+        if not read["conversion"]:
             results = _read_json(folder / "results.json")
-            told["recipe"] = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-            told["data"] = _read_json(folder / "data.json")
-            told["results_before"], told["results_after"] = results.get("before"), results.get("after")
+            read["recipe"] = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+            read["data"] = _read_json(folder / "data.json")
+            read["results_before"], read["results_after"] = results.get("before"), results.get("after")
         benchmarks = [_read_json(path) for path in sorted((folder / "benchmarks").glob("*.json"))]
-        return CardFacts(**told, adapter_base=_adapter_base(folder), benchmarks=benchmarks)
+        return CardFacts(**read, adapter_base=_adapter_base(folder), benchmarks=benchmarks)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise ValueError(
             f"{folder}: the facts of its card can't be read ({error}). Train or convert it again"
@@ -174,7 +181,7 @@ def read_facts(folder: Path) -> CardFacts:
 
 
 def is_edited(folder: Path) -> bool:
-    """Whether `README.md` is another than `write_card` wrote."""
+    """Whether `README.md` was changed since `write_card` wrote it."""
     readme = (folder / "README.md").read_bytes()
     return hashlib.sha256(readme).hexdigest() != _read_json(folder / "card.json")["readme_sha256"]
 
@@ -183,38 +190,42 @@ def rewrite_card(
     folder: Path, *, repo_id: str | None = None, results: Sequence[Path] = (), licence: str | None = None
 ) -> Path:
     """
-    The card anew, from what the folder holds and more.
+    Rewrite the card from what the folder holds and from the arguments.
 
     Args:
-        repo_id: on the Hub, for the snippets and the title; None keeps what was there.
-        results: files of `gcl evaluate` to show, copied to `benchmarks/`, where another of the same benchmark is
-            replaced.
-        licence: of the weights, as the Hub spells it.
+        folder: of the model.
+        repo_id: id on the Hub, for the snippets and the title; None keeps the present one.
+        results: files of `gcl evaluate` to show. They are copied to `benchmarks/` and replace older results of the same
+            benchmark.
+        licence: of the weights, as the Hub spells it; None keeps the present one.
+
+    Returns:
+        Path of the card.
 
     Raises:
-        ValueError: the folder has no facts, its card was changed by hand, or results are not of this model (see
+        ValueError: the folder has no facts, its card was changed by hand, or the results belong to another model (see
             `publishing.benchmarks.read_benchmark`). Nothing has changed then.
     """
     facts = read_facts(folder)
     if (folder / "README.md").is_file() and is_edited(folder):
-        raise ValueError(f"{folder / 'README.md'} was changed by hand: move it away to have it written anew")
+        raise ValueError(f"{folder / 'README.md'} was changed by hand: move it away, and a new one will be written")
     if repo_id is not None:
         check_hub_id(repo_id)
         facts = replace(facts, model_name=repo_id, on_hub=True, title=repo_id.split("/")[-1])
     if licence is not None:
         facts = replace(facts, licence=licence)
     files = [*results, *sorted((folder / "benchmarks").glob("*.json"))]
-    if files:  # those that are there, too: the weights may have changed since
+    if files:  # older results are checked too, because the weights may have changed since
         fingerprint = model_fingerprint(GCLModel.from_pretrained(folder), GCLProcessor.from_pretrained(folder))
-        runs = {}
+        runs: dict[str, dict] = {}
         for place, path in enumerate(files):
             run = without_folders(read_benchmark(path, fingerprint))
             name = benchmark_name(run)
             if name in runs and place < len(results):
-                raise ValueError(f"{path} is a second result of {name}: a card shows one")
+                raise ValueError(f"{path} is a second result of {name}, but a card shows only one")
             runs.setdefault(name, run)
         facts = replace(facts, benchmarks=[runs[name] for name in sorted(runs)])
-        card_files(facts)  # refuses before anything is written
+        card_files(facts)  # raises before anything is written
         (folder / "benchmarks").mkdir(exist_ok=True)
         for name, run in runs.items():
             write_text(folder / "benchmarks" / f"{name}.json", json_text(run, f"{name}.json"))
@@ -222,15 +233,22 @@ def rewrite_card(
 
 
 def files_for(folder: Path, repo_id: str, base_id: str | None = None) -> dict[str, str]:
-    """Path → text of what is pushed instead of what the folder holds: the card that loads `repo_id`, and the files that
-    name absolute paths of recipe or command, with the last part of each alone. A card that was changed by hand is kept,
-    with the id in the place of the old name; a folder without facts is pushed as it is. `base_id`: where its adapter's
-    base is on the Hub."""
+    """The files that are pushed in a changed form, as path → text.
+
+    The card loads `repo_id`. Absolute paths from the recipe or the command are cut to their last part, in every file. A
+    card that was changed by hand is kept, with the id instead of the old name. A folder without facts is pushed as it
+    is.
+
+    Args:
+        folder: of the model.
+        repo_id: the id to push to.
+        base_id: Hub id of the adapter's base.
+    """
     if not (folder / "card.json").is_file():
         return {}
     facts = read_facts(folder)
-    on_hub = {"model_name": repo_id, "on_hub": True, "title": repo_id.split("/")[-1]}
-    files = card_files(replace(facts, **on_hub, adapter_base=base_id or facts.adapter_base))
+    title, base = repo_id.split("/")[-1], base_id or facts.adapter_base
+    files = card_files(replace(facts, model_name=repo_id, on_hub=True, title=title, adapter_base=base))
     if is_edited(folder):
         text = (folder / "README.md").read_text(encoding="utf-8")
         files["README.md"] = text.replace(f'"{facts.model_name}"', f'"{repo_id}"')
@@ -242,22 +260,22 @@ def files_for(folder: Path, repo_id: str, base_id: str | None = None) -> dict[st
 
 
 def local_name(folder: str | Path) -> str:
-    """A folder as snippets name it: with a slash, so that it is no bare name to mteb."""
+    """A folder's name in snippets: with a slash, because mteb takes a bare name for something else."""
     name = Path(folder).as_posix()
     return name if "/" in name else f"./{name}"
 
 
 def base_model_ids(encoder: str) -> list[str]:
-    """Hub ids of what a model was made from: the encoder itself, or of a local folder those that its card names."""
+    """Hub ids of the models that a model was made from: the encoder, or the ids in the card of a local folder."""
     if not Path(encoder).exists():
         return [encoder]
     return read_facts(Path(encoder)).base_model_ids if (Path(encoder) / "card.json").is_file() else []
 
 
 def copy_picture(folder: Path, name: str, picture: Path) -> str:
-    """Copies a picture to `pictures/` unless it is there; returns its path relative to the folder."""
+    """Copy a picture to `pictures/` unless it is there; return its path relative to the folder."""
     if not picture.is_file():
-        raise FileNotFoundError(f"pictures[{name!r}]: {picture} is absent.")
+        raise FileNotFoundError(f"pictures[{name!r}]: {picture} does not exist.")
     target = folder / "pictures" / f"{name}{picture.suffix}"
     target.parent.mkdir(exist_ok=True)
     if picture.resolve() != target.resolve():
@@ -267,7 +285,8 @@ def copy_picture(folder: Path, name: str, picture: Path) -> str:
     return target.relative_to(folder).as_posix()
 
 
-def json_text(value, name: str) -> str:
+def json_text(value: Any, name: str) -> str:
+    """A value as the text of the JSON file `name`; raises ValueError if JSON can't hold it."""
     try:
         return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
@@ -275,6 +294,7 @@ def json_text(value, name: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a file so that it appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", newline="\n")
     os.replace(partial, path)

@@ -1,12 +1,13 @@
-"""The model card: the text of `README.md`, filled from the facts of the run that made the model.
+"""The model card: the text of `README.md`, filled in from the facts of the run that made the model.
 
-- Every figure comes from `CardFacts`; a fact that is missing is an error, never a gap in the text.
-- The metadata (YAML head) goes through huggingface_hub's `ModelCardData` and is read back before it is used.
-- The text is `hub_configs/model_card_template.md`.
+- Every figure comes from `CardFacts`. A missing fact is an error, never a gap in the text.
+- The metadata (the YAML head) is written by huggingface_hub's `ModelCardData` and read back before it is used.
+- The template is `hub_configs/model_card_template.md`.
 """
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -15,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from universal_gcl.evaluation.pairs.measure import HEADLINE
 from universal_gcl.evaluation.pairs.report import nine_way_markdown
 from universal_gcl.publishing.benchmarks import benchmark_markdown, benchmark_title, model_index, slug
-from universal_gcl.publishing.card_facts import LOSSES, CardFacts, check_facts
+from universal_gcl.publishing.card_facts import CardFacts, DataSource, check_facts
 from universal_gcl.publishing.mteb_meta import mteb_fields
 
 TEMPLATE = resources.files("universal_gcl.hub_configs") / "model_card_template.md"
@@ -35,25 +36,25 @@ NOTABLE_LOSS = 0.005  # half a point of hit@10
 
 def card_text(facts: CardFacts) -> str:
     """
-    The whole of `README.md`.
+    The whole text of `README.md`.
 
     Raises:
-        ValueError: a fact is missing, inconsistent, or not what the Hub takes; the message names it.
+        ValueError: a fact is missing, contradicts another, or the Hub would refuse it; the message names the fact.
     """
     check_facts(facts)
     metadata = card_metadata(facts)
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{render(facts)}")
     if card.data.to_dict() != metadata.to_dict():
         raise ValueError(
-            f"the card's metadata does not survive YAML: {metadata.to_dict()} became {card.data.to_dict()}"
+            f"the card's metadata changes when it is written as YAML: {metadata.to_dict()} became {card.data.to_dict()}"
         )
     return str(card)
 
 
 def card_metadata(facts: CardFacts) -> ModelCardData:
-    """The card's YAML head. Rates in percent."""
-    results = (eval_results(facts) if facts.results_after else []) + model_index(facts.benchmarks)
-    relation = {} if facts.conversion or not facts.base_model_ids else {"base_model_relation": "finetune"}
+    """The YAML head of the card. Rates are in percent."""
+    results = eval_results(facts) + model_index(facts.benchmarks)
+    is_finetune = not facts.conversion and bool(facts.base_model_ids)
     return ModelCardData(
         language=facts.languages or None,
         license=facts.licence,
@@ -64,13 +65,18 @@ def card_metadata(facts: CardFacts) -> ModelCardData:
         datasets=[source.source for source in facts.data if source.on_hub] or None,
         model_name=facts.title if results else None,
         eval_results=results or None,
-        **relation,
+        base_model_relation="finetune" if is_finetune else None,
     )
 
 
 def eval_results(facts: CardFacts) -> list[EvalResult]:
-    """hit@10 of the headline and of its directions in both pools, and nDCG@10 of mixed search, as a model index."""
-    results = facts.results_after
+    """The model index: hit@10 of the headline and its directions in both pools, and nDCG@10 of mixed search.
+
+    Empty if the model was not evaluated.
+    """
+    results, data = facts.results_after, facts.eval_data
+    if results is None or not isinstance(data, DataSource):
+        return []
     figures = [("hit_rate_at_10", "headline hit@10, mean of both pools", results["headline"]["mean"])]
     for pool in ("local", "global"):
         figures.append(("hit_rate_at_10", f"headline hit@10, {pool} pool", results["headline"][pool]))
@@ -80,7 +86,6 @@ def eval_results(facts: CardFacts) -> list[EvalResult]:
                 figures.append(("hit_rate_at_10", f"hit@10 {direction}, {pool} pool", hits[pool]["hit@10"]))
     if results["mixed"]["ndcg@10"] is not None:
         figures.append(("ndcg_at_10", "nDCG@10, mixed-modality search", results["mixed"]["ndcg@10"]))
-    data = facts.eval_data
     return [
         EvalResult(
             task_type="retrieval",
@@ -97,42 +102,41 @@ def eval_results(facts: CardFacts) -> list[EvalResult]:
 
 
 def render(facts: CardFacts) -> str:
-    """The card's text, without its YAML head."""
+    """The text of the card without its YAML head."""
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"cell": cell, "duration": duration, "thousands": lambda number: f"{number:,}"}
-    results = {"before": facts.results_before, "after": facts.results_after}
-    results = {name: result for name, result in results.items() if result is not None}
+    before, after = facts.results_before, facts.results_after
+    results = {name: result for name, result in {"before": before, "after": after}.items() if result is not None}
     pictures = [name for name in dict.fromkeys((*PICTURES, *facts.pictures)) if name in facts.pictures]
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         facts=facts,
-        loss=LOSSES.get(facts.loss),
         recipe_yaml=yaml.safe_dump(facts.recipe, sort_keys=False, allow_unicode=True).strip(),
         pictures=[(PICTURES.get(name, name.replace("_", " ")), facts.pictures[name]) for name in pictures],
         total_pairs=sum(source.pairs for source in facts.data),
         table=nine_way_markdown(results) if results else "",
         top10_columns=list(results),
         top10_rows=top10_rows(list(results.values())),
-        losses=losses(facts.results_before, facts.results_after) if facts.results_before else [],
+        losses=losses(before, after) if before and after else [],
         benchmarks=[(benchmark_title(run), benchmark_markdown(run)) for run in facts.benchmarks],
         mteb_fields=mteb_fields(facts),
-        # an adapter on a folder of this machine is of no use to others
+        # others can't load an adapter whose base is a folder of this machine
         adapter=facts.adapter_base is not None and not (facts.on_hub and Path(facts.adapter_base).is_absolute()),
     )
     if "more information needed" in text.casefold():
-        raise ValueError("the model card's text says 'More information needed': fill the fact it stands for")
+        raise ValueError("the model card's text says 'More information needed': fill in the fact that is missing there")
     return text
 
 
 def top10_rows(results: list[dict]) -> list[tuple[str, ...]]:
-    """(modality, its share in each result) of the first ten places in the global pool, in percent."""
+    """For each modality, its name and its share of the first ten places in the global pool, in percent, per result."""
     shares = [result["gap"]["top10_share"] for result in results]
     return [(name, *(f"{100 * share[name]:.1f}" for share in shares)) for name in (shares[0] if shares else ())]
 
 
 def losses(before: dict, after: dict) -> list[str]:
-    """Directions whose hit@10 fell by half a point or more, as "t→i in the local pool: 52.7 → 49.1"."""
+    """The directions whose hit@10 fell by half a point or more, as in "t→i in the local pool: 52.7 → 49.1"."""
     found = []
     for direction, old in before["nine_way"].items():
         for pool in ("local", "global"):
@@ -144,8 +148,8 @@ def losses(before: dict, after: dict) -> list[str]:
     return found
 
 
-def cell(value) -> str:
-    """A value as the text of a markdown table's cell."""
+def cell(value: Any) -> str:
+    """A value as the text of a cell in a markdown table."""
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 

@@ -1,4 +1,4 @@
-"""A GCL folder as every command writes it: processor, sentence-transformers' files, code, configuration and weights."""
+"""Saves a GCL model as a folder: processor, sentence-transformers' files, code, configuration and weights."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from universal_gcl.publishing.sentence_transformers_files import write_sentence_
 def save_model_folder(
     folder: str | Path, model: GCLModel, processor: GCLProcessor, state_dict: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Writes all that `AutoModel`, `AutoProcessor` and `SentenceTransformer` need to load the model.
+    """Writes everything that `AutoModel`, `AutoProcessor` and `SentenceTransformer` need to load the model.
 
     Args:
-        folder: made if absent; files of the same names are replaced.
-        model: weights are written in their dtype.
-        processor: the model's.
-        state_dict: the model's, gathered, where its parameters are shared out to processes.
+        folder: folder to write into; it is made if absent, and files with the same names are replaced.
+        model: the model; its weights are written in their dtype.
+        processor: the model's processor.
+        state_dict: the model's gathered state dict, if its parameters are sharded over processes.
     """
     processor.save_pretrained(folder)
     write_sentence_transformers_files(folder, processor)
-    model.save_pretrained(folder, state_dict=state_dict)  # the weights last: a folder that has them is complete
+    model.save_pretrained(folder, state_dict=state_dict)  # last, so that a folder with weights is complete

@@ -1,8 +1,10 @@
-"""What mteb's `ModelMeta` says of a model, as the lines of Python that a user pastes into mteb."""
+"""The fields of mteb's `ModelMeta`, as lines of Python that a user can paste into mteb."""
+
+from typing import Any
 
 from universal_gcl.publishing.card_facts import CardFacts
 
-# of the Hub's names those that mteb knows, too; it refuses others
+# the names of licences that both the Hub and mteb know; mteb refuses others
 LICENCES = {
     "mit", "apache-2.0", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "mpl-2.0", "afl-3.0", "openrail", "gemma", "odc-by",
     "cc0-1.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-3.0", "cc-by-nc-4.0",
@@ -11,8 +13,10 @@ LICENCES = {
 
 
 def mteb_fields(facts: CardFacts) -> list[tuple[str, str]]:
-    """(field, its value as Python source, with a comment where the value alone says too little), None for what is not
-    known. sentence-transformers loads the model; mteb hands it image, text, or both, by the modalities named."""
+    """The name of each field and its value as Python source, None if it is not known. Some values have a comment.
+
+    sentence-transformers loads the model. mteb passes it image, text or both, according to the field `modalities`.
+    """
     size = facts.size
     sources = [source.source for source in facts.data if source.on_hub]
     public_data = None
@@ -42,15 +46,15 @@ def mteb_fields(facts: CardFacts) -> list[tuple[str, str]]:
     if facts.on_hub:
         values["reference"] = f"https://huggingface.co/{facts.model_name}"
     comments = {
-        "revision": "the commit that you measure",
-        "training_datasets": "mteb's names of all that the base model and this one have seen: not known",
+        "revision": "the commit that you evaluate",
+        "training_datasets": "mteb's names for all data that the base model and this one were trained on: not known",
     }
     comments = {name: f"  # {comment}" for name, comment in comments.items() if values[name] is None}
     return [(name, f"{source(value)},{comments.get(name, '')}") for name, value in values.items()]
 
 
-def source(value) -> str:
-    """As ruff writes it: double quotes."""
+def source(value: Any) -> str:
+    """A value as Python source, with double quotes as ruff writes them."""
     if isinstance(value, str):
         return f'"{value}"'
     if isinstance(value, list):

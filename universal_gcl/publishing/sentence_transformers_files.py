@@ -1,11 +1,14 @@
-"""Three JSON files that let sentence-transformers (6.0 or newer) load a GCL folder, without code of their own: it calls
-the model's feature methods with what the processor makes, and normalises.
+"""Writes three JSON files with which sentence-transformers (6.0 or newer) loads a GCL folder.
 
-    SentenceTransformer(folder, trust_remote_code=True).encode([{"image": photo, "text": "…"}])  # one kind a call
+No code of ours is needed: sentence-transformers passes the processor's outputs to the model's feature methods and
+normalises the results. All rows of a call must have the same modality:
+
+    SentenceTransformer(folder, trust_remote_code=True).encode([{"image": photo, "text": "…"}])
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 from modeling_gcl import GCLProcessor
 
@@ -19,12 +22,13 @@ METHODS = {"text": "get_text_features", "image": "get_image_features", "image+te
 def write_sentence_transformers_files(folder: str | Path, processor: GCLProcessor) -> None:
     """Writes `modules.json`, `sentence_bert_config.json` and `config_sentence_transformers.json`.
 
-    Fusion, text pooling and centring are the model's own. Padding is told here, as sentence-transformers would pad to
-    the longest text whatever the text tower was trained on; longer texts are cut by the processor.
+    The model itself does fusion, text pooling and centring. The files set the padding, because sentence-transformers
+    would otherwise pad to the longest text, which is wrong for towers trained with texts of full length. The processor
+    truncates long texts.
 
     Args:
-        folder: exists; what it holds beside these files does not matter.
-        processor: the model's.
+        folder: an existing folder.
+        processor: the model's processor.
     """
     transformer = {
         "transformer_task": "feature-extraction",
@@ -34,7 +38,7 @@ def write_sentence_transformers_files(folder: str | Path, processor: GCLProcesso
         "module_output_name": "sentence_embedding",
         "processing_kwargs": {"text": {"padding": processor.text_padding, "truncation": True}},
     }
-    model = {
+    model: dict[str, Any] = {
         "model_type": "SentenceTransformer",
         "prompts": {},
         "default_prompt_name": None,

@@ -1,22 +1,23 @@
-"""What of the user's paths is published: the last part alone; where a file lies is the user's own business."""
+"""How the user's paths are published: only their last part, since the folders of a user's machine are private."""
 
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 
 def shown_name(path: str) -> str:
-    """A path or id as it is published: of an absolute path the name alone."""
+    """A path or id as it is published: an absolute path is cut to its last part."""
     return Path(path).name if Path(path).is_absolute() else path
 
 
 def shown_command(command: str) -> str:
-    """A command line whose words are published so."""
+    """A command line with each word as `shown_name` publishes it."""
     return shlex.join(map(shown_name, shlex.split(command)))
 
 
-def absolute_paths(value) -> set[str]:
-    """Absolute paths among the values of nested settings."""
+def absolute_paths(value: Any) -> set[str]:
+    """All absolute paths among the values of nested settings."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -25,7 +26,8 @@ def absolute_paths(value) -> set[str]:
 
 
 def without_paths(text: str, paths: set[str]) -> str:
-    """A text with the names of these paths in their places, also where they go on."""
-    for path in sorted(paths, key=len, reverse=True):  # those inside others first
-        text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", lambda _, path=path: shown_name(path), text)
+    """A text in which each of these paths is cut to its last part, also where a longer path starts with it."""
+    for path in sorted(paths, key=len, reverse=True):  # paths inside others first
+        name = shown_name(path).replace("\\", r"\\")  # in a replacement, a backslash is special
+        text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", name, text)
     return text

@@ -1,1 +1,1 @@
-"""The retrieval engine: rows to embeddings on disk, and exact search over them."""
+"""The retrieval engine: embed rows into a store on disk, and search stores exactly."""

@@ -1,13 +1,15 @@
-"""LoRA adapters of a GCL model on disk (peft's format).
+"""Saves and loads LoRA adapters of a GCL model, in peft's format, and checks two things that peft does not.
 
-peft loads a file that lacks keys without an error, and the result is the base model in part or whole; and an adapter
-fits any base of the same shapes. Both are refused here. `base.json` beside an adapter tells its base by the checksums
-of its weight files, which the Hub keeps too.
+- peft loads an adapter file that lacks keys without an error, and the layers without keys stay as in the base model.
+  Here this is an error.
+- peft loads an adapter onto any base model with the same shapes. Here an adapter has a `base.json` with the SHA-256
+  checksums of the weight files of its base, and another base is an error.
 """
 
 import hashlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -15,49 +17,52 @@ from safetensors.torch import load_file
 
 from modeling_gcl import GCLModel
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 ADAPTER_WEIGHTS, ADAPTER_CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
 
 
-def save_adapter(folder: Path, peft_model, base_checksums: dict[str, str]) -> None:
+def save_adapter(folder: Path, peft_model: "PeftModel", base_checksums: dict[str, str]) -> None:
     """
-    Write a trained adapter with `base.json`, and read it back.
+    Write a trained adapter and its `base.json`, and check the file by reading it again.
 
     Args:
-        peft_model: `peft.PeftModel` over a [`GCLModel`].
-        base_checksums: what `weight_checksums` says of its base.
+        peft_model: a [`GCLModel`] with an adapter.
+        base_checksums: the checksums of the base model, from `weight_checksums`.
 
     Raises:
-        ValueError: the file does not hold what was trained.
+        ValueError: the file differs from the adapter in memory.
     """
-    # peft would ask the Hub whether the base's vocabulary has changed: GCL trains no token embeddings
-    peft_model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; the model's own tells of the adapter
+    # True would ask the Hub whether the vocabulary of the base has changed. GCL doesn't train token embeddings
+    peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's template of a model card; ours describes the adapter
     (folder / BASE).write_text(json.dumps(base_checksums, indent=2) + "\n", encoding="utf-8")
     check_adapter_weights(folder, peft_model)
 
 
-def load_adapter(folder: str | Path, base: str | None = None, revision: str | None = None):
+def load_adapter(folder: str | Path, base: str | None = None, revision: str | None = None) -> "PeftModel":
     """
-    An adapter on its base, in float32.
+    Load an adapter onto its base model, in float32.
 
     Args:
-        folder: holds the adapter.
-        base: folder or Hub id of its base, if it is not where the adapter says.
-        revision: of a base on the Hub.
+        folder: the folder of the adapter.
+        base: folder or Hub id of the base model. Defaults to the one that the adapter names.
+        revision: branch, tag or commit of a base model on the Hub.
 
     Returns:
-        `peft.PeftModel` in evaluation mode.
+        The base model with the adapter, in evaluation mode.
 
     Raises:
-        ValueError: no adapter, one that lacks keys, or one for another base.
-        OSError: there is no such base.
+        ValueError: the folder has no adapter, the adapter lacks keys, or it was trained on another base model.
+        OSError: there is no such base model.
     """
     from peft import PeftModel
 
     folder = Path(folder)
     base = base or adapter_base(folder)
     if Path(base).is_absolute() and not Path(base).is_dir():
-        raise ValueError(f"{base}, the base of the adapter in {folder}, is not there: say where it is now")
+        raise ValueError(f"{base}, the base of the adapter in {folder}, is not there: give its present folder")
     expected = read_base_checksums(folder)
     if expected != weight_checksums(base, revision):
         raise ValueError(f"the adapter in {folder} is for another base than {base}: their weight files differ")
@@ -70,10 +75,11 @@ def load_adapter(folder: str | Path, base: str | None = None, revision: str | No
     return peft_model.eval()
 
 
-def check_adapter_weights(folder: str | Path, peft_model) -> None:
-    """
+def check_adapter_weights(folder: str | Path, peft_model: "PeftModel") -> None:
+    """Check that the file of an adapter has the same keys and values as the adapter in memory.
+
     Raises:
-        ValueError: the adapter's file lacks keys of the model's adapter, has others, or other values.
+        ValueError: it has not.
     """
     saved, held = check_adapter_keys(folder, peft_model)
     wrong = [name for name, tensor in saved.items() if not torch.equal(tensor, held[name].detach().cpu())]
@@ -81,12 +87,16 @@ def check_adapter_weights(folder: str | Path, peft_model) -> None:
         raise ValueError(f"{folder} holds other values than the model for {len(wrong)} keys, such as {min(wrong)}")
 
 
-def check_adapter_keys(folder: str | Path, peft_model) -> tuple[dict, dict]:
-    """
-    The tensors of the adapter's file and those of the model's adapter, by name.
+def check_adapter_keys(
+    folder: str | Path, peft_model: "PeftModel"
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Check that the file of an adapter has the same keys as the adapter in memory.
+
+    Returns:
+        The tensors of the file and those in memory, by name.
 
     Raises:
-        ValueError: the file is absent, lacks keys, or has others.
+        ValueError: there is no file, or its keys differ.
     """
     from peft import get_peft_model_state_dict
 
@@ -98,17 +108,17 @@ def check_adapter_keys(folder: str | Path, peft_model) -> tuple[dict, dict]:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or cut off ({error}): train or download it again") from error
     held = get_peft_model_state_dict(peft_model, save_embedding_layers=False)
-    for names, what in ((held.keys() - saved.keys(), "lacks"), (saved.keys() - held.keys(), "has the unknown")):
+    for names, fault in ((held.keys() - saved.keys(), "missing"), (saved.keys() - held.keys(), "unknown")):
         if names:
-            raise ValueError(f"{path} {what} {len(names)} keys, such as {min(names)}: train or download it again")
+            raise ValueError(f"{path}: {len(names)} {fault} keys, such as {min(names)}: train or download it again")
     return saved, held
 
 
 def adapter_base(folder: Path) -> str:
-    """Folder or Hub id of the base that an adapter names.
+    """The folder or Hub id of the base model, as the adapter names it.
 
     Raises:
-        ValueError: no adapter.
+        ValueError: the folder has no adapter, or the adapter names no base model.
     """
     try:
         base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -120,22 +130,32 @@ def adapter_base(folder: Path) -> str:
 
 
 def read_base_checksums(folder: Path) -> dict[str, str]:
-    """What `base.json` says.
+    """Read the checksums of the base model from `base.json`.
 
     Raises:
-        ValueError: it is missing or damaged.
+        ValueError: the file is missing or damaged.
     """
     try:
         return json.loads((folder / BASE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} does not say which weights its adapter is for: {BASE} ({error})") from error
+        raise ValueError(
+            f"{folder} does not say which weights its adapter is for: {BASE} is missing or damaged ({error})"
+        ) from error
 
 
 def weight_checksums(model: str | Path, revision: str | None = None) -> dict[str, str]:
-    """SHA-256 of each weight file of a folder or Hub id (whose files are downloaded), by name.
+    """
+    The SHA-256 checksum of each weight file of a model.
+
+    Args:
+        model: folder or Hub id. From the Hub, the weight files are downloaded.
+        revision: branch, tag or commit of a model on the Hub.
+
+    Returns:
+        The name of each file → its checksum.
 
     Raises:
-        OSError: there are none.
+        OSError: there are no weight files.
     """
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
@@ -146,6 +166,8 @@ def weight_checksums(model: str | Path, revision: str | None = None) -> dict[str
         names = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
     checksums = {}
     for name in names:
-        with open(cached_file(str(model), name, revision=revision), "rb") as file:
+        path = cached_file(str(model), name, revision=revision)
+        assert path is not None  # cached_file raises an OSError if there is no such file
+        with Path(path).open("rb") as file:
             checksums[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return checksums

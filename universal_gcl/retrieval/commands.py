@@ -7,41 +7,50 @@ import typer
 
 
 def embed(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")],
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or of another dual encoder.")],
     data: Annotated[
         str,
         typer.Argument(
-            help="A .jsonl of rows, one object a line: id, and any of text, image, video, instruction. With --modality "
-            "captioned images: folder, .parquet, .jsonl, .csv, or Hub id."
+            help="Without --modality: a .jsonl file of rows, one object per line, with an id and any of text, image, "
+            "video, instruction. With --modality: captioned images as a folder, .parquet, .jsonl, .csv, or Hub id."
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="Folder for the embeddings; the same again goes on where it ended.")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder for the embeddings. After an interruption, run the same command again to continue."
+        ),
+    ],
     modality: Annotated[
         str | None,
         typer.Option(
-            help="Of captioned images: i, images (id cat.jpg); t, captions (cat.jpg#0, cat.jpg#1, …); it, each caption "
-            "fused with its image (cat.jpg#0+image)."
+            help="What to embed of captioned images: i for images (with ids like cat.jpg), t for captions (cat.jpg#0, "
+            "cat.jpg#1, …), it for each caption fused with its image (cat.jpg#0+image, …)."
         ),
     ] = None,
     image_root: Annotated[
-        str | None, typer.Option(help="Folder that image paths are relative to. By default that of DATA.")
+        str | None, typer.Option(help="Folder that image paths are relative to. Defaults to the folder of DATA.")
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pairs, or rows.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows embedded at once.")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first N pairs or rows.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of rows embedded at once.")] = 64,
     truncate_dim: Annotated[
-        int | None, typer.Option(help="Cut embeddings to so many dimensions, as matryoshka_dims trains for.")
+        int | None,
+        typer.Option(
+            help="Shorten the embeddings to N dimensions. Use it with a model that was trained with matryoshka_dims."
+        ),
     ] = None,
     skip_unreadable: Annotated[
-        bool, typer.Option("--skip-unreadable", help="Go on without images and videos that can't be read.")
+        bool, typer.Option("--skip-unreadable", help="Skip images and videos that can't be read, instead of stopping.")
     ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")] = None,
-):
-    """Embed rows into a folder that gcl search reads.
+) -> None:
+    """Embed rows and write the embeddings to a folder that gcl search can search.
 
-    Equal contents are embedded once. Under accelerate launch or torchrun the processes share the rows.
+    Rows with equal contents are embedded once. The processes of accelerate launch or torchrun share the rows.
     """
     from modeling_gcl import GCLModel, GCLProcessor
+    from universal_gcl.retrieval.contents import Rows
     from universal_gcl.retrieval.embed import embed_rows
     from universal_gcl.retrieval.processes import Processes, own_device
     from universal_gcl.sources.arguments import SourceArguments
@@ -50,10 +59,8 @@ def embed(
 
     if modality is None:
         if not data.endswith(".jsonl"):
-            raise ValueError(
-                f"{data} is no .jsonl of rows: of captioned images say which --modality to embed: i, t, it"
-            )
-        rows = read_rows(data, image_root)[:limit]
+            raise ValueError(f"{data} is not a .jsonl file of rows. For captioned images, set --modality to i, t or it")
+        rows: Rows = read_rows(data, image_root)[:limit]
     else:
         rows = PairRows(load_pairs(SourceArguments(data, split=split, limit=limit, image_root=image_root)), modality)
     encoder = GCLModel.from_encoder(model, revision=revision).eval()
@@ -73,21 +80,26 @@ def embed(
         vectors, skipped = store.manifest["vectors"], store.manifest["skipped"]
         typer.echo(
             f"{out}: {len(store):,} rows, {vectors:,} embeddings of {store.manifest['dim']} dimensions; "
-            f"{len(store) - skipped - vectors:,} rows share another's, {skipped:,} skipped"
-            + (f" (why: {out / 'skipped.json'})" if skipped else "")
+            f"{len(store) - skipped - vectors:,} rows share the embedding of another row, {skipped:,} were skipped"
+            + (f" (for the reasons see {out / 'skipped.json'})" if skipped else "")
         )
 
 
 def search(
-    queries: Annotated[Path, typer.Argument(help="Embeddings of the queries, as gcl embed writes them.")],
-    pools: Annotated[list[Path], typer.Argument(help="Embeddings of the candidates; several are searched as one.")],
-    out: Annotated[
-        Path, typer.Option(help="Result file, .safetensors. `universal_gcl.retrieval.run.Run.load` reads it.")
+    queries: Annotated[Path, typer.Argument(help="Folder of the embeddings of the queries, from gcl embed.")],
+    pools: Annotated[
+        list[Path], typer.Argument(help="Folders of the embeddings of the candidates. They are searched as one pool.")
     ],
-    k: Annotated[int, typer.Option(min=1, help="Candidates for each query.")] = 100,
-    trec: Annotated[Path | None, typer.Option(help="Write the result as text for trec_eval too.")] = None,
-):
-    """The k best candidates of each query, exactly; equal scores by id."""
+    out: Annotated[
+        Path,
+        typer.Option(help="File for the result, .safetensors. Read it with `universal_gcl.retrieval.run.Run.load`."),
+    ],
+    k: Annotated[int, typer.Option(min=1, help="Number of candidates to find for each query.")] = 100,
+    trec: Annotated[
+        Path | None, typer.Option(help="Another file for the result, in the text format of trec_eval.")
+    ] = None,
+) -> None:
+    """Find the k best candidates of each query by exact search. Candidates with equal scores are sorted by id."""
     from universal_gcl.retrieval.processes import own_device
     from universal_gcl.retrieval.run import search as search_stores
     from universal_gcl.retrieval.store import Store

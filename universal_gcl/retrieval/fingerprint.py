@@ -1,31 +1,37 @@
-"""What embeddings depend on, as short hashes: the model's weights and configuration, the processor, a row's content."""
+"""Short hashes of everything that embeddings depend on: the weights and configuration of the model, the processor, and
+the content of a row."""
 
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
-from modeling_gcl import ImageError, VideoError, load_image
+from modeling_gcl import GCLProcessor, ImageError, VideoError, load_image
 from modeling_gcl.rows import Row
 
 _SIZE = 16  # bytes of a hash
-# where a checkpoint came from and how it is loaded, not what it computes; a weight's dtype is hashed with it
+# these say where a checkpoint came from and how to load it, not what it computes. The dtype is hashed with the weights
 _NOT_CONTENT = {
     "transformers_version", "_name_or_path", "_commit_hash", "_attn_implementation", "architectures", "auto_map",
     "dtype", "processor_class",
 }  # fmt: skip
 
 
-def model_fingerprint(model, processor) -> dict:
+def model_fingerprint(model: PreTrainedModel, processor: GCLProcessor | None) -> dict[str, Any]:
     """
-    What two sets of embeddings must share to be compared. Takes a second or so for each GB of weights.
+    A fingerprint of a model with its processor. Embeddings may be compared if their fingerprints agree (`same_model`).
+
+    Hashing takes about a second per GB of weights.
 
     Returns:
-        `weights`, `config` and `processor`: hashes (hex), of the weights with their names and dtypes, of the
-        configuration, and of tokenizer, image processor and padding; `name` and `revision`: where the weights came
-        from, as far as known, None else. Two name the same model if the three hashes are equal: see `same_model`.
+        - `weights`: hash (hex) of the weights with their names and dtypes.
+        - `config`: hash (hex) of the configuration.
+        - `processor`: hash (hex) of the tokenizer, the image processor and the padding.
+        - `name`, `revision`: where the weights came from, or None if unknown.
     """
     config = model.config.to_dict()
     return {
@@ -38,12 +44,12 @@ def model_fingerprint(model, processor) -> dict:
 
 
 def same_model(one: dict, other: dict) -> bool:
-    """Whether two fingerprints are of the same model, wherever it was loaded from."""
+    """Whether two fingerprints have the same hashes. Where the models were loaded from does not matter."""
     return all(one[part] == other[part] for part in ("weights", "config", "processor"))
 
 
 def describe_model(fingerprint: dict) -> str:
-    """For messages: the name, as far as known, and the hashes."""
+    """A fingerprint as text, for error messages: name, revision and hashes."""
     name = fingerprint["name"] or "a model without a name"
     revision = f" at {fingerprint['revision'][:12]}" if fingerprint["revision"] else ""
     hashes = ", ".join(f"{part} {fingerprint[part][:8]}" for part in ("weights", "config", "processor"))
@@ -52,13 +58,17 @@ def describe_model(fingerprint: dict) -> str:
 
 def content_hash(row: Row) -> bytes:
     """
-    16 bytes that two parsed rows share if and only if they hold the same: equal text, and equal images in equal order.
+    A hash of the content of a parsed row. Two rows have the same hash if they have the same text, the same images in
+    the same order, and the same video.
 
-    Files are hashed by their bytes, whatever their name, as encoded bytes are; decoded images by their RGB pixels. So
-    each file is read once, at about a GB/s of a core if the disk can.
+    Files and encoded images are hashed by their bytes, and decoded images by their RGB pixels. The name of a file does
+    not matter. Each file is read once, at about 1 GB/s per core on a fast disk.
+
+    Returns:
+        16 bytes.
 
     Raises:
-        ImageError, VideoError: a file cannot be read.
+        ImageError, VideoError: a file can't be read.
     """
     digest = hashlib.blake2b(digest_size=_SIZE)
     parts = [b"" if row.text is None else b"t" + row.text.encode()]
@@ -72,7 +82,7 @@ def content_hash(row: Row) -> bytes:
     return digest.digest()
 
 
-def _hash_image(value) -> bytes:
+def _hash_image(value: object) -> bytes:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, (bytes, bytearray)):
@@ -81,25 +91,25 @@ def _hash_image(value) -> bytes:
         try:
             return b"b" + _hash_file(value)
         except OSError as error:
-            load_image(value)  # says better what is wrong
+            load_image(value)  # raises an error with a better message
             raise ImageError(f"{value}: {error}") from error
     image = load_image(value)
     return repr(image.size).encode() + hashlib.blake2b(image.tobytes(), digest_size=_SIZE).digest()
 
 
-def _hash_video(path) -> bytes:
+def _hash_video(path: str | PurePath) -> bytes:
     try:
         return _hash_file(path)
     except OSError as error:
         raise VideoError(f"{path}: {error.strerror or error}") from error
 
 
-def _hash_file(path) -> bytes:
+def _hash_file(path: str | PurePath) -> bytes:
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=_SIZE)).digest()
 
 
-def _hash_weights(state: dict) -> str:
+def _hash_weights(state: dict[str, torch.Tensor]) -> str:
     def hash_one(item):
         name, tensor = item
         data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
@@ -107,12 +117,12 @@ def _hash_weights(state: dict) -> str:
         digest.update(data)
         return digest.digest()
 
-    with ThreadPoolExecutor() as executor:  # hashing leaves Python's lock
+    with ThreadPoolExecutor() as executor:  # hashing releases the GIL
         digests = list(executor.map(hash_one, sorted(state.items())))
     return hashlib.blake2b(b"".join(digests), digest_size=_SIZE).hexdigest()
 
 
-def _describe_processor(processor) -> dict:
+def _describe_processor(processor: GCLProcessor | None) -> dict:
     if processor is None:
         return {}
     tokenizer = processor.tokenizer
@@ -121,7 +131,7 @@ def _describe_processor(processor) -> dict:
         described = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     else:
         described = json.loads(backend.to_str())
-        for state in ("padding", "truncation"):  # of the last call
+        for state in ("padding", "truncation"):  # these depend on the last call
             described.pop(state, None)
     return {
         "tokenizer": described,
@@ -133,12 +143,12 @@ def _describe_processor(processor) -> dict:
     }
 
 
-def _content(value):
-    """A configuration without what says nothing about embeddings, at any depth."""
+def _content(value: object) -> object:
+    """A configuration without the keys in `_NOT_CONTENT`, which don't affect embeddings, at any depth."""
     if isinstance(value, dict):
         return {str(key): _content(item) for key, item in value.items() if key not in _NOT_CONTENT}
     return [_content(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _hash_json(value) -> str:
+def _hash_json(value: object) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True, default=str).encode(), digest_size=_SIZE).hexdigest()

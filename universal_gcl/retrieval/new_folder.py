@@ -1,4 +1,4 @@
-"""A folder that a converter writes: it appears whole, or not at all, and nothing of the user's is touched."""
+"""Writes a new folder so that it is complete or absent, and existing files are never touched."""
 
 import shutil
 import tempfile
@@ -8,16 +8,18 @@ from pathlib import Path
 
 
 def check_is_new(folder: Path) -> None:
-    """Raises FileExistsError unless `folder` is absent or an empty folder."""
+    """Raise FileExistsError unless `folder` does not exist or is an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder: name another one, or remove it first.")
+        raise FileExistsError(f"{folder} exists and is not an empty folder: choose another one, or remove it first.")
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to write into, whose files are `folder`'s once all went well; after an error nothing is left.
+    """
+    A context manager that gives a temporary folder to write into.
 
-    An empty folder that exists is kept, as it may be a link, a mount or the one that the shell is in.
+    After the block, its files are moved to `folder`. After an error, they are deleted. An empty `folder` that exists is
+    not replaced, because it may be a link, a mount or the working directory of a shell.
     """
     exists = folder.exists()
     beside = folder if exists else folder.parent
@@ -29,7 +31,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
             for path in partial.iterdir():
                 path.rename(folder / path.name)
         else:
-            partial.chmod(0o755)  # mkdtemp's folders are for their owner alone
+            partial.chmod(0o755)  # only the owner can read a folder made by mkdtemp
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -1,24 +1,28 @@
-"""Progress with rate and time left: a bar on a terminal, a line now and then in a log."""
+"""Shows progress with rate and remaining time: as a bar on a terminal, else as a line every half minute."""
 
 import sys
 import time
 
 from tqdm import tqdm
 
+from universal_gcl.retrieval.processes import Processes
+
 _SECONDS_BETWEEN_LINES = 30.0
 
 
 class Progress:
     """
-    Counts up to `total`. Use as a context manager.
+    Shows how far a job is. Use it as a context manager.
 
     Args:
-        what: stands before the figures.
-        unit: of what is counted, in the plural.
-        initial: what was done before, left out of the rate.
+        what: the name of the job.
+        total: how many units there are to do.
+        unit: the name of the units, in the plural.
+        initial: how many units were done before the start. They don't count for the rate.
+        shown: False shows nothing.
     """
 
-    def __init__(self, what: str, total: int, unit: str = "rows", *, initial: int = 0, shown: bool = True):
+    def __init__(self, what: str, total: int, unit: str = "rows", *, initial: int = 0, shown: bool = True) -> None:
         self.what, self.total, self.unit, self.initial, self.done = what, total, unit, initial, initial
         terminal = sys.stderr.isatty()
         hidden = not (shown and terminal)
@@ -26,15 +30,16 @@ class Progress:
         self.lines = shown and not terminal
         self.start = self.last_line = time.monotonic()
 
-    def __enter__(self):
+    def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         self.bar.close()
         if self.lines:
             self._write_line()
 
     def update(self, count: int) -> None:
+        """Say that `count` more units are done."""
         self.done += count
         self.bar.update(count)
         if self.lines and time.monotonic() - self.last_line >= _SECONDS_BETWEEN_LINES:
@@ -47,3 +52,8 @@ class Progress:
         if rate and self.done < self.total:
             line += f", {tqdm.format_interval((self.total - self.done) / rate)} left"
         print(line, file=sys.stderr, flush=True)
+
+
+def job_name(what: str, processes: Processes) -> str:
+    """The name of a job for `Progress`. If several processes share the job, it says which one this is."""
+    return what if processes.size == 1 else f"{what} (process {processes.rank} of {processes.size})"

@@ -1,4 +1,4 @@
-"""What every source of pairs must satisfy, and the report of what was read."""
+"""Checks that every source of pairs must pass, and the report of what was read."""
 
 import logging
 import math
@@ -11,17 +11,15 @@ IMAGE_COLUMNS = ("image", "file_name", "image_path", "filename", "image_file", "
 CAPTION_COLUMNS = ("captions", "caption", "text", "texts", "title", "sentences", "blip_caption", "description")
 
 MISSING = "images missing"
-MISSING_BACKSLASH = "images missing, named with a backslash"
-NO_CAPTION_FILE = "images without a .txt beside them"
+NO_CAPTION_FILE = "images without a .txt file"
 REMEDIES = {
     MISSING: "Check image_root and the paths",
-    MISSING_BACKSLASH: "Write paths with / instead of \\, relative to image_root",
-    NO_CAPTION_FILE: "Write a .txt with the captions beside each image, of the same name",
+    NO_CAPTION_FILE: "Next to each image, write its captions into a .txt of the same name",
 }
 
 
 class DataError(ValueError):
-    """A source that can't be used; the message names the file and row, and what to do."""
+    """A data source can't be used. The message names the file and row, and says what to do."""
 
 
 @dataclass
@@ -29,12 +27,14 @@ class SourceReport:
     """What was read from one source, for the log and the model card.
 
     Attributes:
-        path: as the recipe names it.
-        revision: commit of a Hub data set, `sha256:...` of a captions or data file, or None.
-        split: split of a Hub data set, None for local sources.
-        pairs, captions: how many are used.
-        skipped: {reason: number of pairs left out}; the reasons are the keys of `REMEDIES`.
-        first_skipped: {reason: the first one's name}.
+        path: the path of the source, as written in the recipe.
+        revision: the commit of a Hub data set, or `sha256:...` of a captions or data file. None for a folder without a
+            metadata file, and for a Hub data set whose commit is unknown.
+        split: the split of a Hub data set, None for local sources.
+        pairs: number of pairs in use.
+        captions: number of captions in use.
+        skipped: reason → number of pairs skipped. The reasons are the keys of `REMEDIES`.
+        first_skipped: reason → name of the first pair skipped for it.
     """
 
     path: str
@@ -45,23 +45,27 @@ class SourceReport:
     skipped: dict[str, int] = field(default_factory=dict)
     first_skipped: dict[str, str] = field(default_factory=dict)
 
-    def skip(self, reason: str, name: str):
-        """Count one pair left out for `reason`."""
+    def skip(self, reason: str, name: str) -> None:
+        """Count one skipped pair."""
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         self.first_skipped.setdefault(reason, name)
 
     @property
     def num_skipped(self) -> int:
-        """Pairs left out for any reason."""
+        """Number of pairs skipped, for any reason."""
         return sum(self.skipped.values())
 
     def line(self) -> str:
-        """The report as one line for the log."""
+        """The report as one line, for the log."""
         skipped = "".join(f", {count:,} left out: {reason}" for reason, count in self.skipped.items())
         return f"{self.path}: {self.pairs:,} pairs, {self.captions:,} captions{skipped}"
 
-    def check_skipped(self, total: int, max_broken_share: float):
-        """Warn of what was left out of `total` pairs; raise `DataError` where it is over the share, or all."""
+    def check_skipped(self, total: int, max_broken_share: float) -> None:
+        """Log a warning if some of `total` pairs were skipped.
+
+        Raises:
+            DataError: more than `max_broken_share` of the pairs were skipped, or all of them.
+        """
         if not self.skipped:
             return
         parts = [
@@ -71,7 +75,7 @@ class SourceReport:
         message = f"{self.path}: {'; '.join(parts)}"
         remedies = ". ".join(REMEDIES[reason] for reason in self.skipped)
         if self.num_skipped == total:
-            raise DataError(f"{message}: no pair is left. {remedies}")
+            raise DataError(f"{message}: no pairs are left. {remedies}")
         if self.num_skipped > max_broken_share * total:
             raise DataError(
                 f"{message}: over data.max_broken_share ({max_broken_share:.2%}). {remedies}, or raise max_broken_share"
@@ -80,77 +84,97 @@ class SourceReport:
 
 
 def find_column(place: str, columns: Iterable[str], asked: str | None, known: tuple[str, ...], argument: str) -> str:
-    """The column that holds something: the one asked for, else the first known name.
+    """
+    Find a column by its name.
+
+    Args:
+        place: the file or table, for the error message.
+        columns: the names of all columns.
+        asked: the name that the user chose, or None.
+        known: names to look for if the user chose none, the preferred ones first.
+        argument: the argument with which the user chooses, such as `image_column`.
 
     Raises:
-        DataError: listing the columns and the argument that chooses among them.
+        DataError: there is no such column. The message lists the columns and names the argument.
     """
     columns = list(columns)
     if asked is not None:
         if asked not in columns:
-            raise DataError(f"{place}: no column {asked!r}, which {argument} asks for; columns: {', '.join(columns)}")
+            raise DataError(
+                f"{place}: there is no column {asked!r}, but {argument} names it. Columns: {', '.join(columns)}"
+            )
         return asked
     for name in known:
         if name in columns:
             return name
     raise DataError(
-        f"{place}: which column is the {argument.split('_')[0]}? Known names are {', '.join(known)}; "
-        f"found: {', '.join(columns)}. Set {argument} to the right one"
+        f"{place}: no column has a known name for the {argument.split('_')[0]} ({', '.join(known)}). "
+        f"Columns: {', '.join(columns)}. Set {argument} to the right one"
     )
 
 
 def check_captions(value: object, place: str) -> list[str]:
-    """The captions of one row as a list of stripped texts.
+    """The captions of one row as a list of texts, without white space around them.
 
     Raises:
-        DataError: for captions that are absent, blank or not text, or hold half a surrogate pair.
+        DataError: a caption is missing, blank or not text, or has half of a surrogate pair; or there are no captions.
     """
     captions = [value] if value is None or isinstance(value, str) else value
     if not isinstance(captions, (list, tuple)):
         raise DataError(
-            f"{place}: the caption is {_short(value)}, not text or a list of texts; correct it or set caption_column"
+            f"{place}: the caption is {_short(value)}, not a text or a list of texts; correct it, or set caption_column"
         )
     if not captions:
-        raise DataError(f"{place}: the list of captions is empty; give at least one or remove the row")
+        raise DataError(f"{place}: the list of captions is empty; add a caption or remove the row")
     for caption in captions:
         if caption is not None and not isinstance(caption, str):
-            raise DataError(f"{place}: the caption {_short(caption)} is not text; quote it or correct the row")
+            raise DataError(f"{place}: the caption {_short(caption)} is not text; put it in quotes, or correct the row")
         if caption is None or not caption.strip():
-            raise DataError(f"{place}: the caption is empty; write one or remove the row")
+            raise DataError(f"{place}: the caption is empty; write one, or remove the row")
         check_encodable(caption, "caption", place)
     return [caption.strip() for caption in captions]
 
 
-def check_encodable(text: str, what: str, place: str):
-    """Raise `DataError` for half a surrogate pair, which can neither be stored nor tokenised.
+def check_encodable(text: str, what: str, place: str) -> None:
+    """Check that `text` can be encoded as UTF-8.
 
-    A cut `\\ud83d\\ude00` of JSON leaves it, and a file name that is not UTF-8.
+    A text can't be encoded, and so neither stored nor tokenised, if it has only half of a surrogate pair. Such texts
+    come from JSON in which an escape like `\\ud83d\\ude00` was cut, and from file names that are not UTF-8.
+
+    Raises:
+        DataError: the text, which the message calls `what`, can't be encoded.
     """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{place}: the {what} {_short(text)} holds {text[error.start]!r}, which is not a character; "
-            "correct it, or rename the file to a UTF-8 name"
+            f"{place}: the {what} {_short(text)} has {text[error.start]!r} in it, which is not a character; "
+            "correct it, or rename the file"
         ) from error
 
 
 class UniqueIds:
-    """Remembers where each id stood and raises `DataError` for a repeated one."""
+    """Remembers the place of each id, to find ids that occur twice."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._places: dict[str, str] = {}
 
     def add(self, pair_id: object, place: str) -> str:
-        """The id as text."""
+        """Add an id and return it as text.
+
+        Raises:
+            DataError: the id is empty, or was added before.
+        """
         if pair_id is None or pair_id == "" or (isinstance(pair_id, float) and math.isnan(pair_id)):
-            raise DataError(f"{place}: the id is empty; give one, or set id_column to a column without gaps")
+            raise DataError(
+                f"{place}: the id is empty; write one, or set id_column to a column that has an id in each row"
+            )
         pair_id = str(pair_id)
         check_encodable(pair_id, "id", place)
         if pair_id in self._places:
             raise DataError(
-                f"{place}: id {pair_id!r} was used in {self._places[pair_id]} already; ids must be unique: "
-                "correct it, or set id_column to another column"
+                f"{place}: the id {pair_id!r} is already used in {self._places[pair_id]}, and ids must be unique. "
+                "Correct it, or set id_column to another column"
             )
         self._places[pair_id] = place
         return pair_id

@@ -1,9 +1,13 @@
-"""Sources that name image files: folders with metadata or sidecar texts, .csv, .jsonl, LLaVA-Pretrain's .json."""
+"""Sources that list image files by their paths.
+
+These are folders of images with a metadata file or with one .txt an image, and .csv, .jsonl and LLaVA-Pretrain's .json
+files.
+"""
 
 import csv
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +18,14 @@ from universal_gcl.sources.checks import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
     MISSING,
-    MISSING_BACKSLASH,
     NO_CAPTION_FILE,
     DataError,
     SourceReport,
     UniqueIds,
     check_captions,
-    check_encodable,
     find_column,
 )
+from universal_gcl.sources.paths import path_inside
 
 FEATURES = datasets.Features(
     {
@@ -36,8 +39,16 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 
 @dataclass
-class Listed:
-    """One row of a list: where it stands, its id (None: the image's path), image path and captions as read."""
+class ListRow:
+    """
+    One row of a list of images and captions, as it was read. None of the values has been checked yet.
+
+    Attributes:
+        place: file and line of the row, for error messages.
+        id: the id, or None to use the path of the image.
+        image: the path of the image.
+        captions: one caption or a list of captions.
+    """
 
     place: str
     id: object
@@ -46,28 +57,30 @@ class Listed:
 
 
 def metadata_file(folder: Path) -> Path | None:
-    """The metadata file of an image folder, or None.
+    """The metadata file of a folder of images, or None if it has none.
 
     Raises:
-        DataError: for a folder with both.
+        DataError: the folder has both a metadata.csv and a metadata.jsonl.
     """
     found = [folder / name for name in METADATA_NAMES if (folder / name).is_file()]
     if len(found) > 1:
-        raise DataError(f"{folder} has both {' and '.join(METADATA_NAMES)}; remove one or give its path as the source")
+        raise DataError(
+            f"{folder} has both {' and '.join(METADATA_NAMES)}; remove one, or give the path of one as the source"
+        )
     return found[0] if found else None
 
 
-def read_list(path: Path, source: SourceArguments) -> Iterator[Listed]:
-    """Rows of a .csv, .jsonl or .json file.
+def read_list(path: Path, source: SourceArguments) -> Iterator[ListRow]:
+    """Read the rows of a .csv, .jsonl or .json file.
 
     Raises:
-        DataError: with file and line for text that can't be parsed and for missing columns.
+        DataError: the file can't be parsed, has no rows, or lacks a column. The message names file and line.
     """
     rows = {".csv": _csv_rows, ".jsonl": jsonl_rows, ".json": _json_rows}[path.suffix.lower()](path)
     columns = None
     for place, row in rows:
         if not isinstance(row, dict):
-            raise DataError(f"{place}: expected an object with an image and captions, got {type(row).__name__}")
+            raise DataError(f"{place}: expected an object with an image and captions, got a {type(row).__name__}")
         if columns is None:
             image = find_column(place, row, source.image_column, IMAGE_COLUMNS, "image_column")
             caption = "conversations"
@@ -78,22 +91,26 @@ def read_list(path: Path, source: SourceArguments) -> Iterator[Listed]:
                 find_column(place, row, source.id_column, (), "id_column")
         for column in columns:
             if column not in row:
-                raise DataError(f"{place}: no {column!r}, which the rows before have; columns: {', '.join(row)}")
+                raise DataError(
+                    f"{place}: there is no {column!r}, which the rows before have. Columns: {', '.join(row)}"
+                )
         captions = row[columns[1]]
         if columns[1] == "conversations":
-            captions = _answer(captions, place)
-        yield Listed(place, row.get(source.id_column or "id"), row[columns[0]], captions)
+            captions = _first_answer(captions, place)
+        yield ListRow(place, row.get(source.id_column or "id"), row[columns[0]], captions)
     if columns is None:
         raise DataError(f"{path} has no rows")
 
 
-def read_sidecars(folder: Path, report: SourceReport) -> Iterator[Listed]:
-    """Images below `folder` with the captions of the `.txt` of the same name, one a line. Images without are skipped.
+def read_sidecars(folder: Path, report: SourceReport) -> Iterator[ListRow]:
+    """
+    Find the images below `folder`, each with its captions in a `.txt` of the same name, one caption a line.
 
-    Hidden files and folders (`.name`) and `__MACOSX`, which archives made on a Mac bring, are not looked at.
+    Images without a `.txt` are skipped and counted in `report`. Hidden files and folders (`.name`) are ignored, and so
+    is `__MACOSX`, which archives made on a Mac contain.
 
     Raises:
-        DataError: for a folder without images, or with images but no `.txt` at all, and for text that is not UTF-8.
+        DataError: the folder has no images, none of the images has a `.txt`, or a `.txt` is not UTF-8.
     """
     images = sorted(
         file
@@ -103,8 +120,8 @@ def read_sidecars(folder: Path, report: SourceReport) -> Iterator[Listed]:
     )
     if not any(image.with_suffix(".txt").is_file() for image in images):
         raise DataError(
-            f"{folder} has {len(images)} images and no captions: expected {', '.join(METADATA_NAMES)}, "
-            "or a .txt of the same name beside each image"
+            f"{folder} has {len(images)} images and no captions: add a {' or '.join(METADATA_NAMES)}, "
+            "or next to each image a .txt of the same name"
         )
     for image in images:
         text = image.with_suffix(".txt")
@@ -113,30 +130,35 @@ def read_sidecars(folder: Path, report: SourceReport) -> Iterator[Listed]:
             report.skip(NO_CAPTION_FILE, name)
             continue
         captions = [line for line in "".join(text_lines(text)).splitlines() if line.strip()]
-        yield Listed(str(text), None, name, captions)
+        yield ListRow(str(text), None, name, captions)
 
 
 def pairs_from_list(
-    rows: Iterable[Listed], root: Path, source: SourceArguments, report: SourceReport, max_broken_share: float
+    rows: Iterable[ListRow], root: Path, source: SourceArguments, report: SourceReport, max_broken_share: float
 ) -> datasets.Dataset:
-    """Join rows that repeat an image, check them, leave out missing files, and make the data set of pairs.
+    """
+    Check the rows and make a data set of pairs from them.
 
-    A joined pair keeps the id of its first row.
+    Rows with the same image become one pair, which has the id of the first of them and the captions of all. Pairs whose
+    image file is missing are skipped and counted in `report`.
+
+    Args:
+        root: the folder that image paths are relative to.
 
     Raises:
-        DataError: as `sources.pairs.read_source` lists them.
+        DataError: see `sources.pairs.read_source`.
     """
     root = Path(os.path.abspath(root))
     pairs: dict[str, tuple[str, list[str]]] = {}
     ids = UniqueIds()
     for row in rows:
         captions = check_captions(row.captions, row.place)
-        path = inside(root, row.image, row.place)
+        path = image_path(root, row.image, row.place)
         if path in pairs:
             pairs[path][1].extend(captions)
             continue
         if source.limit is not None and len(pairs) == source.limit:
-            continue  # later rows may still hold captions of the pairs taken
+            continue  # go on reading: later rows may have captions for the pairs that are in use
         pairs[path] = (ids.add(str(row.image) if row.id is None else row.id, row.place), captions)
     before = len(pairs) + sum(report.skipped.values())
     kept = {}
@@ -144,7 +166,7 @@ def pairs_from_list(
         if os.path.isfile(path):
             kept[path] = pair
         else:
-            report.skip(missing_reason(path, root), path)
+            report.skip(MISSING, path)
     report.check_skipped(before, max_broken_share)
     report.pairs = len(kept)
     report.captions = sum(len(captions) for _, captions in kept.values())
@@ -156,49 +178,31 @@ def pairs_from_list(
     return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
-def inside(root: Path, image: object, place: str) -> str:
-    """The absolute path of an image below `root`, an absolute folder.
-
-    Compared as written: links inside the root may lead elsewhere. Backslashes separate folders, as on Windows, where
-    the path names a file in that reading only.
+def image_path(root: Path, image: object, place: str) -> str:
+    """The path of an image or video as a path below `root`; see `sources.paths.path_inside`.
 
     Raises:
-        DataError: for what is not a path, for addresses, and for paths that leave the root.
+        DataError: `image` is not a path, or the path leaves the root.
     """
     if not isinstance(image, str) or not image.strip():
         raise DataError(f"{place}: the image is {image!r}, not a path; correct it, or set image_column")
-    if image.startswith(("http://", "https://")):
-        raise DataError(f"{place}: {image} is an address; download the images first and set image_root")
-    check_encodable(image, "path", place)
-    path = os.path.normpath(root / image)
-    if "\\" in image and not os.path.isfile(path):
-        windows = os.path.normpath(root / image.replace("\\", "/"))
-        if os.path.isfile(windows):
-            path = windows
-    if not Path(path).is_relative_to(root):
-        raise DataError(f"{place}: {image} lies outside {root}; set image_root to a folder that holds all images")
-    return path
-
-
-def missing_reason(path: str, root: Path | None) -> str:
-    """What the report calls a file that `inside` named and that is not there."""
-    return MISSING_BACKSLASH if "\\" in path.removeprefix(str(root)) else MISSING
+    return str(path_inside(root, image, place, remedy="set image_root to a folder that holds all images"))
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """Lines of a text file with their ends, a byte order mark taken off.
+    """Read a UTF-8 file line by line. The lines keep their line ends. A byte order mark is removed.
 
     Raises:
-        DataError: with file and line for text that is not UTF-8. NUL stands in UTF-16 without a mark, never in text.
+        DataError: the file is not UTF-8. The message names file and line.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for number, line in enumerate(file, start=1):
-                if "\0" in line:
+                if "\0" in line:  # UTF-16 without a byte order mark can be valid UTF-8, but then it is full of NULs
                     raise DataError(f"{path}, line {number}: not UTF-8; save it as UTF-8")
                 yield line
     except UnicodeDecodeError as error:
-        # decoded in blocks: the line at fault is found by going through the file again
+        # Python decodes in blocks, so that the line is unknown: read the file again to find it
         with path.open("rb") as file:
             number = next(number for number, line in enumerate(file, start=1) if not _is_utf8(line))
         raise DataError(f"{path}, line {number}: not UTF-8; save it as UTF-8") from error
@@ -217,53 +221,62 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
         header = [name for name in reader.fieldnames or () if name]
         for name in header:
             if header.count(name) > 1:
-                raise DataError(f"{path}, line 1: the header has the column {name!r} twice; rename or remove one")
+                raise DataError(
+                    f"{path}, line 1: the header has the column {name!r} twice; rename or remove one of them"
+                )
         for row in reader:
             place = f"{path}, line {reader.line_num}"
             if None in row:
-                raise DataError(f"{place}: more fields than the header has; quote captions that contain commas")
+                raise DataError(
+                    f"{place}: the row has more fields than the header; put captions that contain commas in quotes"
+                )
             yield place, row
     except csv.Error as error:
-        line = reader.reader.line_num  # DictReader's own count stays behind when a row fails
+        line = reader.reader.line_num  # DictReader's own line_num is not updated when a row fails
         raise DataError(f"{path}, line {line}: not valid CSV ({error}); is the file cut off?") from error
 
 
 def jsonl_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """The place (`FILE, line N`) and the value of each line of a .jsonl file; blank lines are none.
+    """Read a .jsonl file. Yields the place (`FILE, line N`) and the value of each line that is not blank.
 
     Raises:
-        DataError: with file and line for text that is not UTF-8, or not JSON.
+        DataError: a line is not UTF-8 or not JSON. The message names file and line.
     """
     for number, line in enumerate(text_lines(path), start=1):
         if line.strip():
             place = f"{path}, line {number}"
-            yield place, _parse_json(line, lambda _, place=place: place)
+            yield place, _parse_json(line, path, number)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, object]]:
-    entries = _parse_json("".join(text_lines(path)), lambda line: f"{path}, line {line}")
+    entries = _parse_json("".join(text_lines(path)), path)
     if not isinstance(entries, list):
-        raise DataError(f"{path}: expected a list of entries as in LLaVA-Pretrain, got {type(entries).__name__}")
+        raise DataError(f"{path}: expected a list of entries, as in LLaVA-Pretrain, got a {type(entries).__name__}")
     for number, entry in enumerate(entries):
         yield f"{path}, entry {number}", entry
 
 
-def _parse_json(text: str, where: Callable[[int], str]) -> object:
-    """The value of JSON text; `where(line)` names the place of an error."""
+def _parse_json(text: str, path: Path, line: int | None = None) -> object:
+    """Parse JSON from line `line` of a file, or from the whole file if it is None."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where(error.lineno)}: not valid JSON ({error.msg}); is the file cut off?") from error
+        raise DataError(
+            f"{path}, line {line or error.lineno}: not valid JSON ({error.msg}); is the file cut off?"
+        ) from error
     except RecursionError as error:
-        raise DataError(f"{where(1)}: nested too deeply to be read; correct the row") from error
-    except ValueError as error:  # a number of thousands of digits
-        raise DataError(f"{where(1)}: not usable JSON ({error})") from error
+        raise DataError(f"{path}, line {line or 1}: the JSON is nested too deeply; correct the row") from error
+    except ValueError as error:  # a number with thousands of digits
+        raise DataError(f"{path}, line {line or 1}: the JSON can't be read ({error}); correct the row") from error
 
 
-def _answer(conversation: object, place: str) -> str:
-    """The caption in LLaVA's chat format: what `gpt` says first."""
+def _first_answer(conversation: object, place: str) -> object:
+    """The caption in LLaVA's chat format: the first turn from `gpt`. It has not been checked yet."""
     turns = conversation if isinstance(conversation, list) else []
     for turn in turns:
         if isinstance(turn, dict) and turn.get("from") == "gpt":
             return turn.get("value")
-    raise DataError(f"{place}: conversations has no turn from gpt, which holds the caption")
+    raise DataError(
+        f"{place}: conversations has no turn from gpt, which would be the caption; correct the entry, "
+        "or set caption_column"
+    )

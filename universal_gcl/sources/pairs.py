@@ -1,4 +1,6 @@
-"""Sources of pairs: a folder, a .parquet, .csv, .jsonl or LLaVA-Pretrain .json file, or a data set of the Hub.
+"""Reads pairs (an image and its captions) from a folder, a file or a data set on the Hub.
+
+Files may be .parquet, .csv, .jsonl or LLaVA-Pretrain's .json:
 
 pairs = load_pairs(SourceArguments("my_photos"))
 pairs[0]  # {"id": "cat.jpg", "image": {"bytes": None, "path": "/.../my_photos/cat.jpg"}, "captions": ["A cat."]}
@@ -20,25 +22,28 @@ _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?$")
 
 
 def load_pairs(source: SourceArguments, *, max_broken_share: float = 0.01) -> datasets.Dataset:
-    """The pairs of a source; see `read_source`, which also reports what was left out."""
+    """Read the pairs of a source. `read_source` does the same and also returns a report."""
     return read_source(source, max_broken_share=max_broken_share)[0]
 
 
 def read_source(source: SourceArguments, *, max_broken_share: float = 0.01) -> tuple[datasets.Dataset, SourceReport]:
-    """Read a source of pairs. Images are not decoded here, so broken ones show later (`training.data`).
+    """
+    Read the pairs of a source. Images are not decoded here, so a damaged image is found only when it is used.
 
     Args:
         source: what to read.
-        max_broken_share: images whose file is missing are left out, counted and reported up to this share.
+        max_broken_share: pairs whose image file is missing are skipped, counted and reported, as long as they are no
+            more than this share of all pairs.
 
     Returns:
-        A data set with the columns `id` (string, unique), `image` (`Image(decode=False)`: {"bytes", "path"}) and
-        `captions` (list of strings, at least one), and the report.
+        - The pairs: a data set with the columns `id` (string, unique), `image` (`Image(decode=False)`: `{"bytes",
+          "path"}`) and `captions` (list of strings, at least one).
+        - The report of what was read and skipped.
 
     Raises:
-        DataError: (a ValueError) with file and row for: an unknown path or type of file, missing columns, captions that
-            are empty or not text, repeated ids, files that are cut off, paths that leave the image root, too many
-            missing images.
+        DataError: (a ValueError) the path or the type of the file is unknown, a column is missing, a caption is empty
+            or not text, an id occurs twice, a file is cut off, a path leaves the image root, or too many images are
+            missing. The message names file and row.
     """
     path = Path(source.path).expanduser()
     root = Path(source.image_root).expanduser() if source.image_root else None
@@ -62,7 +67,7 @@ def read_source(source: SourceArguments, *, max_broken_share: float = 0.01) -> t
         pairs = pairs_from_table(table, str(path), root or path.parent, source, report, max_broken_share)
     elif path.is_file():
         raise DataError(
-            f"{path}: unknown type of file; use .parquet or {', '.join(LIST_SUFFIXES)}, a folder or a Hub id"
+            f"{path}: unknown type of file; use .parquet or {', '.join(LIST_SUFFIXES)}, a folder, or a Hub id"
         )
     elif path.suffix.lower() in (".parquet", *LIST_SUFFIXES) or not _HUB_ID.match(source.path):
         raise DataError(f"{source.path}: no such file or folder (working directory: {Path.cwd()})")

@@ -1,80 +1,90 @@
-"""Rows `(id, row)` for `retrieval.embed.embed_rows`: of a file that lists them, or of captioned images."""
+"""Rows to embed, as pairs `(id, row)` with the row in the form that `GCLModel.encode` takes.
+
+They come from a file that lists them (`read_rows`) or from captioned images (`PairRows`).
+"""
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
 
+from modeling_gcl.modalities import MODALITIES
 from modeling_gcl.rows import parse_row
 from universal_gcl.sources.checks import DataError, UniqueIds
-from universal_gcl.sources.files import inside, jsonl_rows
+from universal_gcl.sources.files import image_path, jsonl_rows
 
-MODALITIES = ("i", "t", "it")
 _KEYS = ("id", "text", "image", "video", "instruction")
 
 
 def read_rows(path: str | Path, image_root: str | Path | None = None) -> list[tuple[str, dict]]:
     """
-    Rows from a .jsonl file, one object a line: `id`, and any of `text`, `image` (a path, or a list), `video` (a path,
-    or a list of paths of its frames) and `instruction`, as `GCLModel.encode` takes them. `null` is as if the key were
-    absent.
+    Read rows from a .jsonl file with one object a line.
+
+    Each object has an `id` and any of the keys that `GCLModel.encode` takes: `text`, `image` (a path or a list of
+    paths), `video` (a path, or a list of paths of its frames) and `instruction`. A key with the value `null` is
+    ignored.
 
     Args:
-        image_root: folder that paths are relative to. By default that of the file.
+        image_root: folder that paths are relative to. Defaults to the folder of the file.
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: (a ValueError) with file and line for: what is no JSON or no object, an unknown key, an id that is
-            missing or was used, a path that leaves the root, a row that `encode` would refuse; a file without rows.
+        DataError: (a ValueError) the file has no rows, or one of its lines is not a JSON object, has an unknown key, no
+            id or an id that was used before, a path that leaves the root, or a row that `encode` would refuse. The
+            message names file and line.
     """
     path = Path(path)
     root = Path(os.path.abspath(path.parent if image_root is None else image_root))
     rows, ids = [], UniqueIds()
     for place, values in jsonl_rows(path):
         if not isinstance(values, dict):
-            raise DataError(f"{place}: expected an object with an id and a text or image, got {type(values).__name__}")
+            raise DataError(
+                f"{place}: expected an object with an id and a text or image, got a {type(values).__name__}"
+            )
         unknown = sorted(values.keys() - _KEYS)
         if unknown:
-            raise DataError(f"{place}: unknown key {unknown[0]!r}; rows have {', '.join(_KEYS)}")
+            raise DataError(f"{place}: unknown key {unknown[0]!r}; use {', '.join(_KEYS)}")
         name = ids.add(values.pop("id", None), place)
         row = {key: value for key, value in values.items() if value is not None}
         for key in ("image", "video"):
             if isinstance(row.get(key), list):
-                row[key] = [inside(root, file, place) for file in row[key]]
+                row[key] = [image_path(root, file, place) for file in row[key]]
             elif key in row:
-                row[key] = inside(root, row[key], place)
+                row[key] = image_path(root, row[key], place)
         try:
             parse_row(row, 0)
         except ValueError as error:
             raise DataError(f"{place}, id {name!r}: {str(error).removeprefix('row 0').lstrip(': ')}") from error
         rows.append((name, row))
     if not rows:
-        raise DataError(f"{path} holds no rows")
+        raise DataError(f"{path} has no rows")
     return rows
 
 
-class PairRows(Sequence):
+class PairRows:
     """
-    The rows of one modality of captioned images, made as they are asked for.
+    The rows of one modality of captioned images. A row is made when it is read.
 
-    - `i`: the images, under the ids of the pairs;
-    - `t`: the captions; the first of the pair `cat.jpg` is `cat.jpg#0`, the next `cat.jpg#1`;
-    - `it`: each caption fused with its image, `cat.jpg#0+image`; so that all three can be searched as one pool.
+    - `i`: the images, with the ids of their pairs, such as `cat.jpg`.
+    - `t`: the captions. The captions of the pair `cat.jpg` have the ids `cat.jpg#0`, `cat.jpg#1`, ….
+    - `it`: each caption together with its image. The ids are `cat.jpg#0+image`, ….
+
+    The ids of the three modalities differ, so all three can be searched as one pool.
 
     Args:
-        pairs: as `sources.pairs.load_pairs` gives them.
+        pairs: pairs from `sources.pairs.load_pairs`.
+        modality: `i`, `t` or `it`.
 
     Raises:
-        ValueError: another modality.
+        ValueError: the modality is unknown.
     """
 
-    def __init__(self, pairs: datasets.Dataset, modality: str):
+    def __init__(self, pairs: datasets.Dataset, modality: str) -> None:
         if modality not in MODALITIES:
-            raise ValueError(f"modality {modality!r} is unknown: choose one of {', '.join(MODALITIES)}")
+            raise ValueError(f"the modality {modality!r} is unknown: choose one of {', '.join(MODALITIES)}")
         self.modality = modality
-        # a text's row needs no bytes of its image
+        # without the column of images, the bytes of the image are not read for the row of a text
         self.pairs = pairs.select_columns(["id", "captions"]) if modality == "t" else pairs
         counts = [1 if modality == "i" else len(captions) for captions in pairs.select_columns("captions")["captions"]]
         self.ends = np.cumsum(counts)

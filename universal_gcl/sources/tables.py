@@ -1,6 +1,6 @@
-"""Sources that are tables with images inside: .parquet files and data sets of the Hub.
+"""Sources that are tables, mostly with the images inside: .parquet files and data sets on the Hub.
 
-Only the text columns pass through Python. The images stay memory-mapped, so a table may be larger than memory.
+Only the columns with text are loaded into memory. The images stay memory-mapped, so a table may be larger than memory.
 """
 
 import os
@@ -25,17 +25,17 @@ from universal_gcl.sources.checks import (
     check_captions,
     find_column,
 )
-from universal_gcl.sources.files import FEATURES, Listed, inside, missing_reason, pairs_from_list
+from universal_gcl.sources.files import FEATURES, ListRow, image_path, pairs_from_list
 
 TEXT = (datasets.Value("string"), datasets.Value("large_string"))
 BYTES = (datasets.Value("binary"), datasets.Value("large_binary"))
 
 
 def read_parquet(path: Path) -> datasets.Dataset:
-    """A .parquet file as a data set.
+    """Open a .parquet file as a data set.
 
     Raises:
-        DataError: for a file that is cut off, not parquet or empty.
+        DataError: the file is cut off, not parquet, or has no rows.
     """
     try:
         if pyarrow.parquet.read_metadata(path).num_rows == 0:
@@ -46,10 +46,10 @@ def read_parquet(path: Path) -> datasets.Dataset:
 
 
 def check_parts(files: Sequence[Path]) -> None:
-    """See that files named as the Hub names the parts of one table, `…-00000-of-00003.parquet`, are all there.
+    """Check that all parts of a table are there, if the files are named like `…-00000-of-00003.parquet`.
 
     Raises:
-        DataError: some are missing.
+        DataError: some parts are missing.
     """
     total = re.search(r"-of-(\d+)$", files[0].stem) if files else None
     if total and int(total[1]) != len(files):
@@ -59,16 +59,20 @@ def check_parts(files: Sequence[Path]) -> None:
 
 
 def read_hub(source: SourceArguments) -> tuple[datasets.Dataset, str | None]:
-    """A split of a data set of the Hub, and its commit where the download tells it.
+    """Download a split of a data set on the Hub.
+
+    Returns:
+        - The split.
+        - Its commit. If the download does not say which, the revision that was asked for.
 
     Raises:
-        DataError: for an id, configuration, split or revision that can't be had.
+        DataError: there is no such data set, configuration, split or revision, or the Hub can't be reached.
     """
     try:
         table = datasets.load_dataset(source.path, source.name, revision=source.revision, split=source.split)
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{source.path}: no such file or folder here, and not to be had as a data set of the Hub "
+            f"{source.path}: there is no such file or folder, and loading it as a data set from the Hub failed "
             f"(name {source.name}, split {source.split}, revision {source.revision}): {error}"
         ) from error
     addresses = " ".join(table.info.download_checksums or {})
@@ -84,16 +88,17 @@ def pairs_from_table(
     report: SourceReport,
     max_broken_share: float,
 ) -> datasets.Dataset:
-    """Find the columns, check them and bring the table into the form of pairs.
+    """
+    Find the columns of a table, check them, and make a data set of pairs from them.
 
     Args:
-        table: any columns; images as `datasets.Image`, bytes, {bytes, path} or paths.
-        place: what to call the table in errors.
-        root: folder that holds the files of images that are not in the table and that paths are relative to. None for
-            a Hub data set, whose files are in the caches of the Hub.
+        table: a table with any columns. The images may be `datasets.Image`, bytes, `{bytes, path}` or paths.
+        place: the name of the table in error messages.
+        root: the folder that paths of images are relative to. None for a Hub data set, whose image files are in the
+            caches of the Hub.
 
     Raises:
-        DataError: as `sources.pairs.read_source` lists them.
+        DataError: see `sources.pairs.read_source`.
     """
     if len(table) == 0:
         raise DataError(f"{place} has no rows")
@@ -106,9 +111,12 @@ def pairs_from_table(
 
     if table.features[image_column] in TEXT:
         if root is None:
-            raise DataError(f"{place}: {image_column} holds paths, not images; set image_root to their folder")
+            raise DataError(
+                f"{place}: the column {image_column} has paths, not images; set image_root to the folder "
+                "that they are relative to"
+            )
         listed = zip(_values(table, id_column), _values(table, image_column), _values(table, caption_column))
-        rows = (Listed(f"{place}, row {number}", *values) for number, values in enumerate(listed))
+        rows = (ListRow(f"{place}, row {number}", *values) for number, values in enumerate(listed))
         return pairs_from_list(rows, root, source, report, max_broken_share)
 
     if source.limit is not None and source.limit < len(table):
@@ -123,8 +131,7 @@ def pairs_from_table(
     ]
     pairs = table.select_columns([image_column]).rename_columns({image_column: "image"})
     pairs = pairs.cast_column("image", FEATURES["image"])
-    stored = _stored(pairs)
-    files = {row: _file(path, f"{place}, row {row}", root) for row, path in enumerate(stored) if path is not True}
+    files = {row: _file(path, f"{place}, row {row}", root) for row, path in _paths_of_files(pairs).items()}
     texts = datasets.Dataset.from_dict(
         {"id": ids, "captions": captions},
         features=datasets.Features({key: FEATURES[key] for key in ("id", "captions")}),
@@ -132,13 +139,13 @@ def pairs_from_table(
     pairs = datasets.concatenate_datasets([pairs, texts], axis=1).select_columns(list(FEATURES))
     for row, file in files.items():
         if file is None or not os.path.isfile(file):
-            reason = MISSING if file is None else missing_reason(file, root)
-            report.skip(reason, f"row {row}" if file is None else f"row {row}, {file}")
+            report.skip(MISSING, f"row {row}" if file is None else f"row {row}, {file}")
             files[row] = None
     report.check_skipped(len(pairs), max_broken_share)
     found = {row: file for row, file in files.items() if file is not None}
     if files:
-        # the table's own rows stay memory-mapped; those with a checked file come behind it and are then put in place
+        # the rows of the table stay memory-mapped. Rows whose image is a file are appended with the checked path, and
+        # the new order puts each in the place of the original row
         checked = {
             "id": [ids[row] for row in found],
             "image": [{"bytes": None, "path": file} for file in found.values()],
@@ -154,7 +161,7 @@ def pairs_from_table(
 
 
 def _image_column(table: datasets.Dataset, place: str, source: SourceArguments) -> str:
-    """The image column: the one asked for, the only one of type Image, or the first known name."""
+    """The name of the image column: the one the user chose, the only one of type Image, or the first known name."""
     typed = [name for name, feature in table.features.items() if isinstance(feature, datasets.Image)]
     asked = source.image_column or (typed[0] if len(typed) == 1 else None)
     name = find_column(place, table.column_names, asked, IMAGE_COLUMNS, "image_column")
@@ -162,32 +169,34 @@ def _image_column(table: datasets.Dataset, place: str, source: SourceArguments) 
     is_struct = isinstance(feature, dict) and {"bytes", "path"} <= set(feature)
     if isinstance(feature, datasets.Image) or is_struct or feature in BYTES + TEXT:
         return name
-    raise DataError(f"{place}: {name} is {feature}, not images, bytes or paths; set image_column to another column")
+    raise DataError(
+        f"{place}: the column {name} is {feature}, not images, bytes or paths; set image_column to another column"
+    )
 
 
 def _values(table: datasets.Dataset, column: str | None) -> list:
-    """A column as a list, without touching the others; None for each row where there is no such column."""
+    """A column as a list, without reading the other columns. If `column` is None, a list with None for each row."""
     return [None] * len(table) if column is None else table.select_columns([column]).to_dict()[column]
 
 
-def _stored(pairs: datasets.Dataset) -> list[bool | str | None]:
-    """For each row True where the table holds the image's bytes, else its path or None; reads no image."""
+def _paths_of_files(pairs: datasets.Dataset) -> dict[int, str | None]:
+    """Row → path (or None), for the rows whose image is not stored in the table. Reads no image."""
     images = pairs.data.column("image")
     sizes = pyarrow.compute.binary_length(pyarrow.compute.struct_field(images, "bytes")).to_pylist()
     paths = pyarrow.compute.struct_field(images, "path").to_pylist()
-    return [True if size else path for size, path in zip(sizes, paths)]
+    return {row: path for row, (size, path) in enumerate(zip(sizes, paths)) if not size}
 
 
 def _file(path: str | None, place: str, root: Path | None) -> str | None:
-    """The file that an image without bytes names, None where it can't be told.
+    """The file of an image whose bytes are not in the table, or None if there is no path or the path can't be resolved.
 
     Raises:
-        DataError: for a path outside the root, or outside the caches where a Hub data set has no root.
+        DataError: the path leaves the root, or, for a Hub data set without a root, lies outside the caches.
     """
     if not path:
         return None
     if root is not None:
-        return inside(root, path, place)
+        return image_path(root, path, place)
     if not os.path.isabs(path):
         return None
     config = datasets.config

@@ -17,7 +17,8 @@ from modeling_gcl import ImageError, load_image
 from tests.support.planted import PlantedModel
 from tests.support.videos import number_of, numbered_frame, write_video
 from universal_gcl.evaluation.covr.frames import Videos
-from universal_gcl.evaluation.covr.measure import evaluate_covr, read_triplets
+from universal_gcl.evaluation.covr.measure import evaluate_covr
+from universal_gcl.evaluation.covr.triplets import read_triplets
 from universal_gcl.retrieval.embed import embed_rows
 
 DIM = 8

@@ -28,9 +28,11 @@ from tests.evaluation.covr.covr_worker import (
 )
 from tests.support.videos import numbered_frame
 from universal_gcl import cli
+from universal_gcl.evaluation.benchmark import DEPTH
 from universal_gcl.evaluation.covr import frames as covr_frames
 from universal_gcl.evaluation.covr.frames import Frames, Videos, extract_frames
-from universal_gcl.evaluation.covr.measure import Triplet, clean_edit, join_frames, rank_targets, read_triplets
+from universal_gcl.evaluation.covr.measure import join_frames, rank_targets
+from universal_gcl.evaluation.covr.triplets import Triplet, clean_edit, read_triplets
 from universal_gcl.retrieval.run import Run
 
 ROOT = Path(__file__).parents[3]
@@ -177,11 +179,11 @@ def test_extraction_goes_on_where_it_was_ended(data, tmp_path, monkeypatch):
     assert decoded == ["4", "5"] and not partial.exists()
     assert len(Frames(tmp_path / "frames").files("targets", "2_b/5")) == 3
     (tmp_path / "frames" / "frames.json").write_text('{"vid')
-    with pytest.raises(ValueError, match="frames.json is damaged .*delete .*frames, and cut"):
+    with pytest.raises(ValueError, match="frames.json is damaged .*delete .*frames, and extract"):
         Frames(tmp_path / "frames")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").touch()
-    with pytest.raises(ValueError, match="holds something else than frames"):
+    with pytest.raises(ValueError, match="holds files that are not frames"):
         extract_frames(Videos(data / "videos"), wanted, tmp_path / "other")
 
 
@@ -237,6 +239,20 @@ def test_ranks_are_those_of_a_slow_loop(rows):
         assert run.ranking(n) == [f"v/{m}" for m in expected]
 
 
+def test_a_gallery_larger_than_what_is_kept():
+    """The query's own video would be among the best that are kept: the next one takes its place."""
+    rng = np.random.default_rng(0)
+    gallery = rng.integers(-9, 10, (3 * DEPTH, 4)).astype(float)
+    triplets = [Triplet(n, f"v/{(n + 1) % len(gallery)}", f"v/{n}", "x", ()) for n in range(len(gallery))]
+    queries = np.roll(gallery, -1, axis=0)  # each query resembles its own video most
+    run = rank_targets(triplets, queries, gallery)
+    similarities = queries @ gallery.T
+    for n in range(len(gallery)):
+        similarities[n, (n + 1) % len(gallery)] = -1000
+        expected = np.argsort(-similarities[n], kind="stable")[:DEPTH]
+        assert run.ranking(n) == [f"v/{m}" for m in expected]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.floats(-1, 1), st.floats(0, 1)), min_size=1, max_size=15), st.booleans())
 def test_joint_embedding_is_that_of_a_slow_loop(frames, fits):
@@ -270,7 +286,7 @@ GOOD = "pth1,pth2,edit,scores\na/1,a/2,x,[]\n"
         (GOOD + "a/..\\..\\b,a/3,x,[]\n", "line 3: pth1 must be folder/id"),
         (GOOD + "a/3,a/3,x,[]\n", "line 3: the target is the query's own video, a/3"),
         (GOOD + "a/1,a/2,y,[]\n", "line 3: line 2 has the same target, a/2; keep one of them"),
-        (GOOD + "a/1,a/3, !! ,[]\n", "line 3: nothing is left of the edit ' !! '"),
+        (GOOD + "a/1,a/3, !! ,[]\n", "line 3: no word is left of the edit ' !! '"),
         ((GOOD + "a/1,a/3,\udce9,[]\n"), "line 3: not UTF-8"),
     ],
 )

@@ -207,7 +207,7 @@ def test_data_of_ones_own_in_the_same_layout(tmp_path):
     assert [line.split() for line in mbeir_table(result, "local").splitlines()[:2]] == [
         ["local", "pool", "hit", "ours"], ["birds", "t→i", "@5", "100.00"],
     ]  # fmt: skip
-    with pytest.raises(ValueError, match="birds_task0: not of M-BEIR, and can't share its global pool"):
+    with pytest.raises(ValueError, match="birds_task0: not tasks of M-BEIR, so they have no part in its global pool"):
         choose_tasks(["birds_task0", "cirr_task7"])
 
 
@@ -229,7 +229,7 @@ def test_a_text_with_nothing_left_has_no_embedding(root, tmp_path):
     result, _ = run(open_source(root), tmp_path / "out", ["mscoco_task0"], scopes=("local",))
     assert result["empty"] == {"mscoco_task0": ["9:2"]} and result["tasks"]["mscoco_task0"]["queries"] == 2
     assert result["tasks"]["mscoco_task0"]["local"]["hit@5"] == 0.5
-    assert "1 rows hold nothing" in mbeir_table(result, "local")
+    assert "1 rows are empty" in mbeir_table(result, "local")
 
 
 def edit(path, old, new):
@@ -250,15 +250,15 @@ INSTRUCTIONS = "instructions/query_instructions.tsv"
     ("file", "old", "new", "message"),
     [
         (POOL, 'null}\n{"did": "8:12"', 'null}\n{"did": "8:1', "line 3: not valid JSON .*cut off"),
-        (POOL, '{"did": "8:11"', '{"id": "8:11"', "line 2: no 'did'; there are id, txt"),
-        (POOL, '"modality": "image"', '"modality": "sound"', "line 1: the modality is 'sound', not one of text"),
+        (POOL, '{"did": "8:11"', '{"id": "8:11"', "line 2: no key 'did'; the keys are id, txt"),
+        (POOL, '"modality": "image"', '"modality": "sound"', "line 1: the modality is 'sound', not one of image, text"),
         (POOL, '"mbeir_images/blue.png"', "null", "line 2: '8:11' is of modality image, but its image is null"),
-        (POOL, "mbeir_images/blue", "../blue", "line 2: the image ../blue.png lies outside"),
-        (POOL, "mbeir_images/blue", "a/../../blue", "line 2: the image .* lies outside"),
-        (POOL, "mbeir_images/blue", "/blue", "line 2: the image /blue.png lies outside"),
-        (POOL, "8:12", "8:10", "line 3: the id '8:10' is that of .*line 1 too"),
-        (POOL, '"8:12"', "812", "line 3: did must be a str"),
-        (QUERIES, '"make it blue!"', "7", "line 1: query_txt must be a str or null, got int"),
+        (POOL, "mbeir_images/blue", "../blue", "line 2: ../blue.png lies outside"),
+        (POOL, "mbeir_images/blue", "a/../../blue", "line 2: .* lies outside"),
+        (POOL, "mbeir_images/blue", "/blue", "line 2: /blue.png lies outside"),
+        (POOL, "8:12", "8:10", "line 3: the id '8:10' is also used in .*line 1;"),
+        (POOL, '"8:12"', "812", "line 3: did must be a non-empty string"),
+        (QUERIES, '"make it blue!"', "7", "line 1: query_txt must be a string or null, got int"),
         (QRELS, "8:11", "8:99", "line 1: the positive '8:99' of '8:1' is in no pool"),
         (QRELS, "8:11", "5:99", "line 1: the positive '5:99' of '8:1' is in no pool"),
         (QRELS, "8:1 ", "8:7 ", "line 1: there is no query '8:7'"),
@@ -308,12 +308,12 @@ def test_what_is_not_there_is_named(root, tmp_path):
         read_mbeir(open_source(root), choose_tasks(["cirr_task7"]))
     (root / "cand_pool/local/mbeir_nights_task4_cand_pool.jsonl").unlink()
     (root / "cand_pool/local/mbeir_mscoco_task3_test_cand_pool.jsonl").unlink()
-    message = "2 files are not there: .*mscoco_task3_test_cand.*nights_task4.*The global pool is that of all 16 tasks"
+    message = "2 files are missing: .*mscoco_task3_test_cand.*nights_task4.*The global pool is that of all 16 tasks"
     with pytest.raises(FileNotFoundError, match=message):
         read_mbeir(open_source(root), choose_tasks(["cirr_task7"]))
     with pytest.raises(FileNotFoundError, match="holds neither cand_pool/"):
         open_source(tmp_path)
-    with pytest.raises(ValueError, match="'cirr' is no task: name some of visualnews_task0"):
+    with pytest.raises(ValueError, match="'cirr' is not a task: choose from visualnews_task0"):
         choose_tasks(["cirr"])
 
 
@@ -342,7 +342,7 @@ def test_bad_mirrors_are_refused(tmp_path):
         read_mbeir(source, choose_tasks(["cirr_task7"]), scopes=("local",))
     part.rename(corpus)
     (tmp_path / "mbeir_cirr_task7" / "query-00000-of-00001.parquet").unlink()
-    with pytest.raises(FileNotFoundError, match=r"1 files are not there: .*query-\*.parquet"):
+    with pytest.raises(FileNotFoundError, match=r"1 files are missing: .*query-\*.parquet"):
         read_mbeir(source, choose_tasks(["cirr_task7"]), scopes=("local",))
 
 

@@ -15,8 +15,10 @@ from modeling_gcl.rows import load_image
 from tests.support.backbones import tiny_encoder, tiny_processor
 from tests.support.planted import PlantedModel
 from universal_gcl import cli
-from universal_gcl.evaluation.mixbench.data import PUBLISHED, download_mixbench, find_subsets, read_subset
-from universal_gcl.evaluation.mixbench.measure import evaluate_mixbench, mixbench_table
+from universal_gcl.evaluation.mixbench.data import download_mixbench, find_subsets, read_subset
+from universal_gcl.evaluation.mixbench.measure import evaluate_mixbench
+from universal_gcl.evaluation.mixbench.report import mixbench_table
+from universal_gcl.evaluation.mixbench.subsets import PUBLISHED
 from universal_gcl.retrieval.embed import embed_rows
 from universal_gcl.sources.checks import DataError
 
@@ -136,7 +138,7 @@ def test_published_subsets_must_be_complete(tmp_path):
     with pytest.raises(DataError, match="not the published OVEN: it has 4 of 1000 queries, 2 of 334 image,text doc"):
         read_subset(tmp_path, "OVEN")
     assert len(read_subset(tmp_path, "OVEN", check_counts=False).queries) == 4
-    assert sum(sum(documents) for _, documents in PUBLISHED.values()) == 984 + 4421 + 981 + 1000
+    assert sum(sum(documents.values()) for _, documents in PUBLISHED.values()) == 984 + 4421 + 981 + 1000
 
 
 def test_subsets_are_found(tmp_path):
@@ -159,9 +161,9 @@ def test_images_beside_the_lists_or_below_the_root(base, tmp_path):
     ("file", "line", "message"),
     [
         ("mixed_corpus.jsonl", '{"corpus_id": "z", "te', r"mixed_corpus.jsonl, line 13: not valid JSON .* cut off"),
-        ("mixed_corpus.jsonl", '{"corpus_id": "t1", "text": "x"}', "13: the id 't1' was used in .*, line 1 already"),
+        ("mixed_corpus.jsonl", '{"corpus_id": "t1", "text": "x"}', "13: the id 't1' is also used in .*, line 1"),
         ("mixed_corpus.jsonl", '{"corpus_id": "z", "text": " ", "image": ""}', "line 13: 'z' has neither a text"),
-        ("mixed_corpus.jsonl", '{"corpus_id": "z", "image": "../../../x.png"}', "line 13: the image .* lies outside"),
+        ("mixed_corpus.jsonl", '{"corpus_id": "z", "image": "../../../x.png"}', "line 13: .*x.png lies outside"),
         ("mixed_corpus.jsonl", '{"corpus_id": "z", "text": 3}', "line 13: the text must be a string or null, got int"),
         ("mixed_corpus.jsonl", '{"corpus_id": "z", "image": 3}', "line 13: the image must be a path or null, got int"),
         ("mixed_corpus.jsonl", '{"text": "x"}', "line 13: expected an object with corpus_id"),
@@ -169,7 +171,7 @@ def test_images_beside_the_lists_or_below_the_root(base, tmp_path):
         ("queries.jsonl", '{"query_id": "z", "text": "x"}', "qrels.tsv: 1 queries have no relevant document, e.g. 'z'"),
         ("qrels/qrels.tsv", "a\tnowhere\t1", "line 7: there is no document 'nowhere'"),
         ("qrels/qrels.tsv", "z\tt1\t1", "line 7: there is no query 'z'"),
-        ("qrels/qrels.tsv", "a\tt1\t1", "line 7: query 'a' has a relevant document already, 'i2'. .* not the standard"),
+        ("qrels/qrels.tsv", "a\tt1\t1", "line 7: query 'a' already has a relevant document, 'i2'. .* not the standard"),
         ("qrels/qrels.tsv", "a\tt1\t2", "line 7: expected a query id, a corpus id and a score of 0 or 1"),
         ("qrels/qrels.tsv", "a t1 1", "line 7: expected a query id"),
     ],
@@ -187,7 +189,7 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(DataError, match="line 1: expected the header query_id, corpus_id, score"):
         read_subset(tmp_path, "made")
     (folder / "qrels" / "qrels.tsv").unlink()
-    with pytest.raises(DataError, match=r"no .*qrels.tsv; MixBench2026 has none: take those of mixed-modality-search"):
+    with pytest.raises(DataError, match=r"no .*qrels.tsv. MixBench2026 has no qrels: use those of mixed-modality"):
         read_subset(tmp_path, "made")
     (folder / "queries.jsonl").unlink()
     with pytest.raises(DataError, match="has neither queries.jsonl .* nor queries.parquet"):

@@ -56,6 +56,7 @@ def test_prints_and_writes_what_it_measured(clip_folder, root, tmp_path, monkeyp
     }  # fmt: skip
     assert result["sets"]["GQA"]["query_kinds"] == {"i": 4} and (tmp_path / "out" / "records" / "GQA.jsonl").is_file()
     assert mmeb_table(result) in printed and "first 4 queries" in printed
+    assert (tmp_path / "out" / "table.md").read_text() == mmeb_table(result, markdown=True) + "\n"
 
 
 def test_from_the_hub(clip_folder, root, tmp_path, monkeypatch):
@@ -78,7 +79,7 @@ def test_from_the_hub(clip_folder, root, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
     message = run(monkeypatch, clip_folder, "--hub", "nobody/nothing", *out)
-    assert message.startswith("error: nobody/nothing: not to be had as a data set of the Hub")
+    assert message.startswith("error: nobody/nothing can't be downloaded from the Hub as a data set")
     assert issubclass(RepositoryNotFoundError, OSError)
 
 

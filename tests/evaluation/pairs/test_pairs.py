@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from modeling_gcl.modalities import ALL_DIRECTIONS
 from universal_gcl.evaluation.pairs.embeddings import PairEmbeddings
 from universal_gcl.evaluation.pairs.measure import (
-    DIRECTIONS,
     HEADLINE,
     direction_note,
     embed_pairs,
@@ -51,7 +51,7 @@ def test_equals_the_slow_protocol(hash_model, make_pairs, captions):
     result = evaluate_pairs(hash_model, None, pairs)
     slow = slow_nine_way(hash_model, pairs, ROLES[captions])
     measured = 0
-    for direction in DIRECTIONS:
+    for direction in ALL_DIRECTIONS:
         for pool in ("local", "global"):
             if result["nine_way"][direction][pool] is not None:
                 assert result["nine_way"][direction][pool] == pytest.approx(slow[direction, pool]), (direction, pool)
@@ -77,18 +77,18 @@ def test_the_number_of_captions_may_vary_and_the_smallest_decides(hash_model, ma
 
 
 def test_no_headline_direction_shares_an_input_between_query_and_target():
-    sharing = {captions: {d for d in DIRECTIONS if direction_note(d, captions)[1]} for captions in ROLES}
+    def note(name, captions):
+        return direction_note(*name.split("→"), captions)
+
+    sharing = {captions: {d for d in ALL_DIRECTIONS if note(d, captions)[1]} for captions in ROLES}
     always = {"i→i", "i→it", "it→i", "it→it"}
     assert sharing == {1: always | {"t→t", "t→it", "it→t"}, 2: always, 3: always, 4: always, 5: always}
-    empty = {captions: {d for d in DIRECTIONS if not direction_note(d, captions)[0]} for captions in ROLES}
+    empty = {captions: {d for d in ALL_DIRECTIONS if not note(d, captions)[0]} for captions in ROLES}
     assert empty == {1: {"i→i", "t→t", "it→it"}, 2: {"i→i"}, 3: {"i→i"}, 4: {"i→i"}, 5: {"i→i"}}
-    assert (
-        direction_note("i→i", 5)[1]
-        == "left empty: the target would be the query itself; needs a second view of the image"
-    )
-    assert "second caption" in direction_note("t→t", 1)[1]
-    assert direction_note("t→it", 1)[1] == "query and target share the caption"
-    assert direction_note("it→it", 2)[1] == "query and target share the image"
+    assert note("i→i", 5)[1] == "left empty: the target would be the query itself; needs a second view of the image"
+    assert "second caption" in note("t→t", 1)[1]
+    assert note("t→it", 1)[1] == "query and target share the caption"
+    assert note("it→it", 2)[1] == "query and target share the image"
 
 
 def test_a_model_with_a_gap_fails_only_in_the_global_pool(make_embeddings):

@@ -1,6 +1,7 @@
 import pytest
 
-from universal_gcl.evaluation.pairs.measure import DIRECTIONS, evaluate_embeddings, evaluate_pairs
+from modeling_gcl.modalities import ALL_DIRECTIONS
+from universal_gcl.evaluation.pairs.measure import evaluate_embeddings, evaluate_pairs
 from universal_gcl.evaluation.pairs.report import nine_way_markdown, nine_way_table
 
 
@@ -17,7 +18,7 @@ def test_the_table_holds_before_after_and_the_change(results):
     assert lines[1].split()[-4:] == [f"{old:.1f}", "→", f"{new:.1f}", f"{new - old:+.1f}"]
     headline = next(line for line in lines if line.startswith("headline "))
     assert f"{100 * before['headline']['local']:.1f} →" in headline
-    for direction in DIRECTIONS:
+    for direction in ALL_DIRECTIONS:
         assert sum(line.split()[0].strip("()") == direction for line in lines) == 1
     assert any(line.startswith("(it→i)") for line in lines) and "(t→i)" not in "".join(lines)
 

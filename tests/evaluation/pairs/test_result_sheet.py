@@ -101,5 +101,5 @@ def test_pairs_that_were_not_embedded_are_refused(sheet, make_embeddings, pairs)
     pairs.reverse()
     with pytest.raises(ValueError, match="keep the order"):
         sheet(make_embeddings(), None)
-    with pytest.raises(ValueError, match="query is one of"):
+    with pytest.raises(ValueError, match="query must be one of.*got 'ti'"):
         sheet(make_embeddings(), None, query="ti")

@@ -1,1 +1,1 @@
-"""The commands of `gcl evaluate`."""
+"""The app of `gcl evaluate`, `compare`, and what the benchmarks' commands share."""

@@ -1,60 +1,121 @@
-"""Arguments that several commands share, and the loop over variants."""
+"""Arguments that several commands share, and the loop over a model's variants."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from universal_gcl.evaluation.session import Session
+
 Model = Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Rows embedded at once.")]
-Limit = Annotated[int | None, typer.Option(min=1, help="A smoke run on the first queries; the result says so.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
+Limit = Annotated[
+    int | None, typer.Option(min=1, help="A smoke run on this many first queries; the result says that it is one.")
+]
 TruncateDim = Annotated[
-    int | None, typer.Option(help="Cut embeddings to so many dimensions, as matryoshka_dims trains for.")
+    int | None, typer.Option(help="Cut embeddings to this many dimensions, for models trained with matryoshka_dims.")
 ]
 Variants = Annotated[
     list[str] | None,
     typer.Option(
         "--variant",
-        help="plain, centring (GR-CLIP), a fusion rule (sum, normalized_sum, native), or two as in sum+centring. "
-        "Repeat it for several; each has a folder of its own then.",
+        help="plain, centring (GR-CLIP), a fusion rule (sum, normalized_sum, native), or two joined, as in "
+        "sum+centring. Repeat the option to measure several; each then has a folder of its own.",
     ),
 ]
 CentreOn = Annotated[
     str | None,
-    typer.Option(help="Pairs whose modality means centring subtracts, never the test pairs. Else the checkpoint's."),
+    typer.Option(
+        help="Pairs whose modality means centring subtracts, never the test pairs. Default: the checkpoint's own means."
+    ),
 ]
 SkipUnreadable = Annotated[
-    bool, typer.Option("--skip-unreadable", help="Go on without images and videos that can't be read; they are named.")
+    bool,
+    typer.Option("--skip-unreadable", help="Leave out images and videos that can't be read; the result names them."),
 ]
-Out = Annotated[Path, typer.Option(help="Folder for embeddings, runs and results.json; the same again goes on.")]
+Out = Annotated[
+    Path, typer.Option(help="Folder for embeddings, runs and results.json. The same command continues there.")
+]
 
 
 def listed(names: str) -> list[str]:
-    """The names of an option that takes several with commas between, each once.
+    """The names in an option that takes several, separated by commas; each once.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no name.
     """
     found = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     if not found:
-        raise ValueError(f"{names!r} names nothing: give one or more, with commas between")
+        raise ValueError(f"{names!r} names nothing: give one name or more, separated by commas")
     return found
 
 
-def sessions(model: str, out: Path | None, variants: list[str] | None, **options) -> Iterator:
-    """A `Session` for each variant, one after the other; `centre_on` is used by those that centre. Of several, each
-    has the folder OUT/VARIANT."""
+def pinned(hub: str) -> tuple[str, str | None]:
+    """Hub id and commit of `ID@COMMIT`; the commit is None for a bare id."""
+    name, _, commit = hub.partition("@")
+    return name, commit or None
+
+
+def sessions(model: str, out: Path | None, variants: list[str] | None, **options: Any) -> Iterator["Session"]:
+    """A `Session` for each variant, one after the other.
+
+    Args:
+        out: folder of the session; with several variants, each has the folder OUT/VARIANT.
+        options: of `Session`. `centre_on` goes to the variants that centre.
+
+    Raises:
+        ValueError: a variant is repeated, unknown, or needs an option that is absent; `centre_on` without a variant
+            that centres.
+    """
     from universal_gcl.evaluation.session import Session, parse_variant
 
     variants = variants or ["plain"]
     if len(set(variants)) < len(variants):
         raise ValueError(f"--variant is given twice: {', '.join(variants)}")
-    centred = [parse_variant(variant)[1] for variant in variants]  # all are read before the first is measured
+    centred = [parse_variant(variant)[1] for variant in variants]  # checks all of them before the first is measured
     centre_on = options.pop("centre_on", None)
     if centre_on is not None and not any(centred):
         raise ValueError("--centre-on is for --variant centring, which is not among the variants")
     for variant, is_centred in zip(variants, centred, strict=True):
         folder = out / variant if out is not None and len(variants) > 1 else out
         yield Session(model, folder, variant=variant, centre_on=centre_on if is_centred else None, **options)
+
+
+def measure_variants(
+    protocol: str,
+    model: str,
+    out: Path,
+    variants: list[str] | None,
+    measure: Callable[["Session"], dict | None],
+    settings: dict,
+    **options: Any,
+) -> None:
+    """Measure a benchmark in each variant of a model; print and write each result, and compare several.
+
+    Args:
+        protocol: the benchmark's name.
+        out, options: as for `sessions`.
+        measure: session → the result on process 0, None on the others.
+        settings: of the benchmark, written to `results.json` beside those of the session.
+
+    Each run's folder gets `results.json` and its tables in `table.md`; with several variants, `out` gets the
+    comparison.
+    """
+    from universal_gcl.evaluation.commands.compare import compare_variants
+    from universal_gcl.evaluation.protocols import protocol_of, read_run
+
+    result = None
+    for session in sessions(model, out, variants, **options):
+        result = measure(session)
+        if result is None:
+            continue
+        written = session.write(protocol, settings, result)
+        run = read_run(written)
+        tables = {markdown: "\n\n".join(protocol_of(run).tables(run, markdown=markdown)) for markdown in (False, True)}
+        (written.parent / "table.md").write_text(tables[True] + "\n", encoding="utf-8")
+        typer.echo(f"{run['variant']}:\n{tables[False]}\nwritten to {written}")
+    if result is not None:
+        compare_variants(out, variants)

@@ -1,11 +1,10 @@
 """`gcl evaluate covr`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from universal_gcl.evaluation.commands.compare import compare_variants
 from universal_gcl.evaluation.commands.options import (
     BatchSize,
     CentreOn,
@@ -16,19 +15,23 @@ from universal_gcl.evaluation.commands.options import (
     SkipUnreadable,
     TruncateDim,
     Variants,
-    sessions,
+    measure_variants,
 )
+
+if TYPE_CHECKING:
+    from universal_gcl.evaluation.session import Session
 
 
 def covr(
     model: Model,
-    csv: Annotated[Path, typer.Option(help="webvid8m-covr_test.csv.")],
+    csv: Annotated[Path, typer.Option(help="The test file, webvid8m-covr_test.csv.")],
     out: Out,
     videos: Annotated[
-        Path | None, typer.Option(help="Folder of <folder>/<id>.mp4; their frames are written to OUT/frames, for once.")
+        Path | None, typer.Option(help="Folder with <folder>/<id>.mp4. The frames are extracted to OUT/frames once.")
     ] = None,
     frames: Annotated[
-        Path | None, typer.Option(help="Instead, a folder of images <folder>/<id>/*, or OUT/frames of another run.")
+        Path | None,
+        typer.Option(help="Instead of videos: a folder with images <folder>/<id>/*, or OUT/frames of another run."),
     ] = None,
     squash: Annotated[
         int | None,
@@ -41,33 +44,42 @@ def covr(
     truncate_dim: TruncateDim = None,
     revision: Revision = None,
     skip_unreadable: SkipUnreadable = False,
-):
-    """WebVid-CoVR: a frame and a text that changes it, to a video; R@1, 5, 10, 50 beside the paper's."""
+) -> None:
+    """WebVid-CoVR: a frame and a text that changes it search for a video; R@1, 5, 10, 50 and the paper's figures."""
     from universal_gcl.evaluation.covr.frames import Frames, Videos
-    from universal_gcl.evaluation.covr.measure import covr_table, evaluate_covr, read_triplets
+    from universal_gcl.evaluation.covr.measure import evaluate_covr
+    from universal_gcl.evaluation.covr.triplets import read_triplets
 
-    if (videos is None) == (frames is None):
+    if videos is not None and frames is None:
+        source: Videos | Frames = Videos(videos)
+    elif frames is not None and videos is None:
+        source = Frames(frames)
+    else:
         raise ValueError("give either --videos or --frames")
     triplets = read_triplets(csv, limit)
-    source = Videos(videos) if videos is not None else Frames(frames)
-    options = {"batch_size": batch_size, "centre_on": centre_on, "truncate_dim": truncate_dim, "revision": revision}
-    for session in sessions(model, out, variant, skip_unreadable=skip_unreadable, **options):
-        result = evaluate_covr(
+
+    def measure(session: "Session") -> dict | None:
+        return evaluate_covr(
             triplets,
             source,
             session.embed,
-            session.out,
+            session.folder,
             frames_folder=out / "frames",
             squash=squash,
             skip_unreadable=skip_unreadable,
             show_progress=True,
         )
-        if result is None:  # process 0 has it
-            continue
-        written = session.write("covr", {"csv": str(csv), "limit": limit}, result)
-        typer.echo(f"{session.settings['variant']}:\n{covr_table(result)}")
-        if limit is not None:
-            typer.echo(f"a smoke run on the first {limit} rows: the gallery is smaller, and recall higher")
-        typer.echo(f"written to {written}")
-    if result is not None:
-        compare_variants(out, variant)
+
+    measure_variants(
+        "covr",
+        model,
+        out,
+        variant,
+        measure,
+        {"csv": str(csv), "limit": limit},
+        batch_size=batch_size,
+        truncate_dim=truncate_dim,
+        centre_on=centre_on,
+        revision=revision,
+        skip_unreadable=skip_unreadable,
+    )

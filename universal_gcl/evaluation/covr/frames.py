@@ -1,9 +1,9 @@
-"""Frames of WebVid-CoVR's videos as image files: cut out of the mp4s once, for all models, or as a folder holds them.
+"""Frames of WebVid-CoVR's videos as image files: extracted from the mp4s once for all models, or read from a folder.
 
-A query video gives one frame, of number `total // 2`; a target gives 15, each the middle one of equal intervals, or all
-it has if there are fewer: see `modeling_gcl.video`. Sources:
+A query video gives one frame, number `total // 2`. A target gives 15 frames, each the middle one of equal intervals, or
+all its frames if it has fewer: see `modeling_gcl.video`. Sources:
 - `Videos`: `ROOT/<folder>/<id>.mp4`, as the authors' script downloads them;
-- `Frames`: images `ROOT/<folder>/<id>/*`, all frames of each video or evenly spread ones, of which the same rules
+- `Frames`: images `ROOT/<folder>/<id>/*`, all frames of each video or evenly spread ones, from which the same rules
   choose by number; or what `extract_frames` wrote: `ROOT/queries/<folder>/<id>/00.png` and
   `ROOT/targets/<folder>/<id>/00.png`, …
 """
@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,47 +27,48 @@ from universal_gcl.retrieval.store import write_json
 NUM_FRAMES = 15
 ROLES = ("queries", "targets")
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
-_MADE = "frames.json"  # what the frames of `extract_frames` are of
-_READERS = 8  # threads that decode videos, one each
+_MADE = "frames.json"  # says which videos `extract_frames` extracted, and how
+_READERS = 8  # threads, each of which decodes one video at a time
 
 
 class Videos:
     """Files `root/<folder>/<id>.mp4`.
 
     Raises:
-        FileNotFoundError: no such folder.
+        FileNotFoundError: the folder doesn't exist.
     """
 
     def __init__(self, root: str | Path):
         self.root = _folder(root)
 
     def describe(self) -> dict:
+        """Where the frames are from, and the side to which they were squashed."""
         return {"videos": str(self.root), "squash": None}
 
     def missing(self, role: str, video: str) -> str | None:
-        """What is not there, or None."""
+        """The file that doesn't exist, as a message; None if it exists."""
         path = self._path(video)
         return None if path.is_file() else f"{path}: no such file"
 
     def images(self, role: str, video: str) -> list[Image.Image]:
-        """The frames that stand for the video in that role (`"queries"`, `"targets"`), RGB.
+        """The frames that represent the video in this role (`"queries"`, `"targets"`), RGB.
 
         Raises:
-            VideoError: it can't be read.
+            VideoError: the video can't be read.
         """
         path = self._path(video)
         return [middle_frame(path)] if role == "queries" else load_video_frames(path, NUM_FRAMES)
 
-    def _path(self, video):
+    def _path(self, video: str) -> Path:
         return self.root / f"{video}.mp4"
 
 
 class Frames:
-    """Image files in `root/<folder>/<id>/`, in the order of the numbers in their names; or what `extract_frames` wrote,
-    which has such a folder for each role.
+    """Image files in `root/<folder>/<id>/`, in the order of the numbers in their names; or the folder that
+    `extract_frames` wrote, which holds such folders for each role.
 
     Raises:
-        FileNotFoundError: no such folder.
+        FileNotFoundError: the folder doesn't exist.
     """
 
     def __init__(self, root: str | Path):
@@ -76,28 +77,29 @@ class Frames:
         self.roots = {role: self.root if self.made is None else self.root / role for role in ROLES}
 
     def describe(self) -> dict:
+        """Where the frames are from, and the side to which they were squashed."""
         return {"frames": str(self.root), "squash": None} if self.made is None else self.made
 
     def missing(self, role: str, video: str) -> str | None:
-        """What is not there, or None."""
+        """The folder that doesn't exist or is empty, as a message; None if it has images."""
         return None if self._all(role, video) else f"{self.roots[role] / video}: no such folder, or no images in it"
 
     def files(self, role: str, video: str) -> list[Path]:
-        """The frames that stand for the video in that role, in their order."""
+        """The frames that represent the video in this role, in their order."""
         files = self._all(role, video)
         if role == "queries":
             return [files[len(files) // 2]]
         return [files[number] for number in frame_indices(len(files), NUM_FRAMES)]
 
     def images(self, role: str, video: str) -> list[Image.Image]:
-        """Those files, read.
+        """The images in those files.
 
         Raises:
-            ImageError: one can't be read.
+            ImageError: one of them can't be read.
         """
         return [load_image(path) for path in self.files(role, video)]
 
-    def _all(self, role, video):
+    def _all(self, role: str, video: str) -> list[Path]:
         try:
             names = os.listdir(self.roots[role] / video)
         except (FileNotFoundError, NotADirectoryError):
@@ -116,22 +118,23 @@ def extract_frames(
     show_progress: bool = False,
 ) -> dict[tuple[str, str], str]:
     """
-    Write the frames that stand for videos as PNG files, or go on where an earlier call was ended; to be called by all
-    processes of a launch, which share the work.
+    Write the frames that represent videos as PNG files, or continue where an earlier call ended. All processes of a
+    launch call this: they share the work.
 
     Args:
         source: where the videos are.
         wanted: pairs of role and video, each once.
-        folder: is made; see `Frames` for what is in it. Some 0.3 MB a frame of 596×336.
-        squash: side in pixels of a square that each frame is resized to (bicubic, whatever its shape).
+        folder: created if absent; `Frames` describes what is in it. A frame of 596×336 takes about 0.3 MB.
+        squash: side in pixels of a square to which each frame is resized (bicubic, without keeping its proportions).
         skip_unreadable: go on after a video that can't be read.
+        show_progress: on process 0.
 
     Returns:
-        (role, video) → why, of those that can't be read; on all processes.
+        on all processes: (role, video) → why, for the videos that can't be read.
 
     Raises:
-        ImageError, VideoError: (ValueErrors) one can't be read; the file is named.
-        ValueError: the folder holds frames of another source or size, or anything else; `squash` is below 1.
+        ImageError, VideoError: (ValueErrors) a video can't be read; the file is named.
+        ValueError: the folder holds frames of another source or size, or other files; `squash` is below 1.
     """
     if squash is not None and squash < 1:
         raise ValueError(f"squash must be at least 1 pixel, got {squash}")
@@ -139,7 +142,7 @@ def extract_frames(
     _claim(folder, source.describe() | {"squash": squash}, processes)
     mine = list(wanted)[processes.rank :: processes.size]
 
-    def extract(one):
+    def extract(one: tuple[str, str]) -> tuple[tuple[str, str], str | None]:
         try:
             _write(source.images, *one, folder, squash)
         except (ImageError, VideoError) as error:
@@ -162,50 +165,54 @@ def extract_frames(
     return {one: why for part in processes.gather(unreadable) for one, why in part.items()}
 
 
-def _claim(folder, made, processes):
-    """Make the folder one of these frames, or see that it is."""
+def _claim(folder: Path, made: dict, processes: Processes) -> None:
+    """Mark the folder as that of these frames, or check that it is marked so."""
     if processes.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         known = _read_made(folder)
         if known is None and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds something else than frames: choose another folder, or empty it")
+            raise ValueError(f"{folder} holds files that are not frames: choose another folder, or empty it")
         if known not in (None, made):
             raise ValueError(f"{folder} holds frames of {known}, not of {made}: choose another folder, or delete it")
         write_json(folder / _MADE, made)
     processes.gather(None)
 
 
-def _read_made(folder):
+def _read_made(folder: Path) -> dict | None:
     path = folder / _MADE
     try:
         return json.loads(path.read_text()) if path.is_file() else None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): delete {folder}, and cut the frames out again") from error
+        raise ValueError(f"{path} is damaged ({error}): delete {folder}, and extract the frames again") from error
 
 
-def _write(images_of, role, video, folder, squash):
-    """The frames of one video, all or none."""
+def _write(
+    images_of: Callable[[str, str], list[Image.Image]], role: str, video: str, folder: Path, squash: int | None
+) -> None:
+    """Write the frames of one video, all or none."""
     target = folder / role / video
     if target.is_dir():
         return
     partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     images = images_of(role, video)
     partial.mkdir(parents=True)
     for number, image in enumerate(images):
         if squash is not None:
             image = image.resize((squash, squash), Image.Resampling.BICUBIC)
-        image.save(partial / f"{number:02}.png", compress_level=1)  # half the time of the default, a tenth larger
+        image.save(
+            partial / f"{number:02}.png", compress_level=1
+        )  # takes half the time of the default level; files are a tenth larger
     os.replace(partial, target)
 
 
-def _folder(root):
+def _folder(root: str | Path) -> Path:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
     return root
 
 
-def _by_number(name):
-    """Sorts frame10.jpg behind frame9.jpg."""
+def _by_number(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts frame10.jpg after frame9.jpg."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"([0-9]+)", name) if part]

@@ -1,6 +1,6 @@
-"""M-BEIR in its own layout: `TIGER-Lab/M-BEIR` of the Hub with its images unpacked, or a folder made like it.
+"""M-BEIR in its own layout: `TIGER-Lab/M-BEIR` from the Hub with its images unpacked, or a folder in that layout.
 
-Under the root, and image paths relative to it:
+Files under the root, to which image paths are relative:
 - `query/test/mbeir_TASK_test.jsonl`: qid, query_txt, query_img_path, query_modality;
 - `cand_pool/local/mbeir_POOL_cand_pool.jsonl`: did, txt, img_path, modality;
 - `qrels/test/mbeir_TASK_test_qrels.txt`: `qid 0 did relevance task_id`;
@@ -12,50 +12,49 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 from universal_gcl.evaluation.mbeir.rows import Entry
 from universal_gcl.evaluation.mbeir.tasks import MBEIRTask, parse_modality
 from universal_gcl.sources.files import text_lines
+from universal_gcl.sources.paths import path_inside
 
 _QUERY = ("qid", "query_modality", "query_txt", "query_img_path")
 _CANDIDATE = ("did", "modality", "txt", "img_path")
 
 
 class OriginalFiles:
-    """See above; the files are opened when they are needed."""
+    """The files named in the module's docstring; they are opened when they are needed."""
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
-        self.settings = {"root": str(root), "layout": "original"}
+        self.settings: dict = {"root": str(root), "layout": "original"}
 
     def present(self) -> tuple[list[str], list[str]]:
-        """Names of the tests and of the pools that are there; see `mbeir_tasks.choose_tasks`."""
-        return tuple(
-            [
-                path.name.removeprefix("mbeir_").removesuffix(end)
-                for path in sorted(self.root.glob(f"{folder}/mbeir_*{end}"))
-            ]
-            for folder, end in (("query/test", "_test.jsonl"), ("cand_pool/local", "_cand_pool.jsonl"))
-        )
+        """Names of the tests and of the pools that exist, for `evaluation.mbeir.tasks.choose_tasks`."""
+        return self._names("query/test", "_test.jsonl"), self._names("cand_pool/local", "_cand_pool.jsonl")
 
     def needed(self, task: MBEIRTask) -> list[Path]:
         """The files of a task's queries and positives."""
         return [self._queries(task), self._qrels(task)]
 
     def needed_pool(self, task: MBEIRTask) -> list[Path]:
+        """The file of a task's local pool."""
         return [self._pool(task)]
 
     def queries(self, task: MBEIRTask) -> "JsonlTable":
+        """The table of a task's queries."""
         return JsonlTable(self._queries(task), self.root, _QUERY)
 
     def pool(self, task: MBEIRTask) -> "JsonlTable":
+        """The table of a task's candidates."""
         return JsonlTable(self._pool(task), self.root, _CANDIDATE)
 
     def judgements(self, task: MBEIRTask) -> Iterator[tuple[str, str, str]]:
-        """Place, qid and did of each line that says relevant.
+        """Place, qid and did of each line with a relevance above 0.
 
         Raises:
-            ValueError: a line of another form, text that is not UTF-8; with file and line.
+            ValueError: with file and line, for a line of another form or text that is not UTF-8.
         """
         path = self._qrels(task)
         for number, line in enumerate(text_lines(path), start=1):
@@ -69,35 +68,40 @@ class OriginalFiles:
                 yield place, fields[0], fields[2]
 
     def prompts(self, task: MBEIRTask) -> list[str]:
+        """A task's instructions; raises as `read_prompts`."""
         return read_prompts(self.root / "instructions" / "query_instructions.tsv", task)
 
-    def _queries(self, task):
+    def _names(self, folder: str, end: str) -> list[str]:
+        paths = sorted(self.root.glob(f"{folder}/mbeir_*{end}"))
+        return [path.name.removeprefix("mbeir_").removesuffix(end) for path in paths]
+
+    def _queries(self, task: MBEIRTask) -> Path:
         return self.root / "query" / "test" / f"mbeir_{task.name}_test.jsonl"
 
-    def _pool(self, task):
+    def _pool(self, task: MBEIRTask) -> Path:
         return self.root / "cand_pool" / "local" / f"mbeir_{task.pool}_cand_pool.jsonl"
 
-    def _qrels(self, task):
+    def _qrels(self, task: MBEIRTask) -> Path:
         return self.root / "qrels" / "test" / f"mbeir_{task.name}_test_qrels.txt"
 
 
 class JsonlTable:
-    """A `mbeir_rows.Table` over a .jsonl file; the key of an entry is where its line begins, in bytes. Not for several
-    threads at once.
+    """An `evaluation.mbeir.rows.Table` over a .jsonl file. The key of an entry is the offset of its line in bytes.
+
+    Only one thread may read a table at a time.
 
     Args:
         columns: names of id, modality, text and image.
 
-    Iteration raises ValueError, with file and line, for what is no JSON object, for missing keys and values of other
+    Iteration raises ValueError, with file and line, for a line that is not a JSON object, missing keys, values of other
     types, an unknown modality, and an image whose path leaves the root. Links inside the root may lead elsewhere.
     """
 
     def __init__(self, path: Path, root: Path, columns: tuple[str, str, str, str]):
         self.path, self.root, self.columns = path, root, columns
         self.name = str(path)
-        self._prefix = f"{root}{os.sep}"
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[int, str, Entry]]:
         start = 0
         with self.path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -106,53 +110,56 @@ class JsonlTable:
                     yield start, place, self._checked(line, place)
                 start += len(line)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: int) -> Entry:
         self._file.seek(key)
-        return self._entry(json.loads(self._file.readline()))
+        return self._entry(json.loads(self._file.readline()), f"{self.name}, byte {key}")
 
     @cached_property
-    def _file(self):
-        return self.path.open("rb")  # for as long as entries may be asked for
+    def _file(self) -> BinaryIO:
+        return self.path.open("rb")  # stays open as long as the table lives
 
-    def missing_image(self, entry):
-        return None if os.path.isfile(entry.image) else entry.image
+    def missing_image(self, entry: Entry) -> str | None:
+        """The entry's image file, if it has one that doesn't exist."""
+        image = entry.image
+        return image if isinstance(image, str) and not os.path.isfile(image) else None
 
-    def _checked(self, line, place):
+    def _checked(self, line: bytes, place: str) -> Entry:
         try:
             values = json.loads(line)
-        except (ValueError, RecursionError) as error:  # of the encoding, and of brackets in brackets too
+        except (ValueError, RecursionError) as error:  # also for a wrong encoding, and for deeply nested brackets
             raise ValueError(f"{place}: not valid JSON ({error}); is the file cut off?") from error
         if not isinstance(values, dict):
             raise ValueError(f"{place}: expected an object, got {type(values).__name__}")
         absent = [name for name in self.columns if name not in values]
         if absent:
-            raise ValueError(f"{place}: no {absent[0]!r}; there are {', '.join(values)}")
+            raise ValueError(f"{place}: no key {absent[0]!r}; the keys are {', '.join(values)}")
         *names, text, image = (values[column] for column in self.columns)
         for column, value in zip(self.columns, names, strict=False):
             if not isinstance(value, str) or not value:
-                raise ValueError(f"{place}: {column} must be a str that is not empty, got {value!r}")
+                raise ValueError(f"{place}: {column} must be a non-empty string, got {value!r}")
         for column, value in zip(self.columns[2:], (text, image), strict=True):
             if value is not None and not isinstance(value, str):
-                raise ValueError(f"{place}: {column} must be a str or null, got {type(value).__name__}")
-        if image:
-            path = os.path.normpath(image)
-            if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
-                raise ValueError(f"{place}: the image {image} lies outside {self.root}; paths are relative to it")
+                raise ValueError(f"{place}: {column} must be a string or null, got {type(value).__name__}")
         try:
-            return self._entry(values)
+            parse_modality(names[1])
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from error
+        return self._entry(values, place)
 
-    def _entry(self, values):
+    def _entry(self, values: dict, place: str) -> Entry:
         name, modality, text, image = (values[column] for column in self.columns)
-        return Entry(name, parse_modality(modality), text, self._prefix + image if image else None)
+        file = str(path_inside(self.root, image, place)) if image else None
+        return Entry(name, parse_modality(modality), text, file)
 
 
 def read_prompts(path: Path, task: MBEIRTask) -> list[str]:
     """A task's prompts.
 
+    Args:
+        path: `query_instructions.tsv`.
+
     Raises:
-        ValueError: the file has none for the task, or is not UTF-8.
+        ValueError: the file has no prompts for the task, or is not UTF-8.
     """
     for line in text_lines(path):
         query, candidate, _, dataset_id, *prompts = [*line.rstrip("\r\n").split("\t"), "", "", "", ""]
@@ -163,7 +170,7 @@ def read_prompts(path: Path, task: MBEIRTask) -> list[str]:
     raise ValueError(f"{path} has no instruction for {task.name} ({task.query} to {task.candidate})")
 
 
-def _modality(text):
+def _modality(text: str) -> str | None:
     try:
         return parse_modality(text)
     except ValueError:

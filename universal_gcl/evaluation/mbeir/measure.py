@@ -1,25 +1,25 @@
-"""M-BEIR: 16 tasks, each searched in its local pool and in the global one, which is all pools joined.
+"""M-BEIR: 16 tasks, each of which searches its local pool and the global pool, which is all pools joined.
 
 Notable features:
-- the rules are UniIR's (98dc570): cleaned texts, no instructions unless asked for (the paper has none), what is absent
-  of a row counts for nothing, and nothing is excluded from a pool, reference images of CIRR and FashionIQ included;
-- "Recall@k" is the hit rate, 1 if any positive is among the first k: k = 5 on the local pool, and 10 for Fashion200K
-  and FashionIQ; 50 on the global pool, as in the paper's tables (`evaluation.mbeir.report`);
-- OVEN and InfoSeek name positives in each other's pools: on the local pool these can't be found;
-- all files are checked, and images looked for, before anything is embedded.
+- The rules are UniIR's (98dc570): texts are cleaned; there are no instructions by default (the paper uses none); a
+  missing modality of a row adds nothing to its embedding; nothing is excluded from a pool, not even the reference
+  images of CIRR and FashionIQ.
+- "Recall@k" is the hit rate, 1 if any positive is among the first k. On the local pool k is 5, and 10 for Fashion200K
+  and FashionIQ; on the global pool k is 50, as in the paper's tables (`evaluation.mbeir.report`).
+- OVEN and InfoSeek name positives in each other's pools: on the local pool these can't be found.
+- All files are checked, and all images looked for, before anything is embedded.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from universal_gcl.evaluation.benchmark import SCOPES, RetrievalTask, evaluate_tasks
+from universal_gcl.evaluation.benchmark import SCOPES, Embed, RetrievalTask, evaluate_tasks
 from universal_gcl.evaluation.mbeir.files import OriginalFiles
 from universal_gcl.evaluation.mbeir.mirrors import Mirrors
 from universal_gcl.evaluation.mbeir.report import average_of, paper_metric
 from universal_gcl.evaluation.mbeir.rows import Rows, Scan, refuse_shared, scan
 from universal_gcl.evaluation.mbeir.tasks import TASKS, MBEIRTask
-from universal_gcl.retrieval.store import Store
 
 _SHARING = ("5", "6")  # OVEN and InfoSeek
 _NAMED = 3  # examples in a message
@@ -28,14 +28,14 @@ _NAMED = 3  # examples in a message
 @dataclass
 class MBEIR:
     """
-    What was read.
+    What `read_mbeir` read.
 
     Attributes:
-        tasks: those to evaluate.
+        tasks: the tasks to evaluate.
         pools: name → rows; with the global scope, all of its pools.
-        images, missing: how many rows have an image, and the files of those that are not there.
-        empty: pool or task → ids of rows whose text has nothing left once it is cleaned. UniIR gives them the zero
-            vector, which ranks behind all that is alike at all; here they have none.
+        images, missing: how many rows have an image, and the image files that don't exist.
+        empty: pool or task → ids of rows whose text is empty once it is cleaned. UniIR gives them the zero vector,
+            which ranks behind every candidate with a positive similarity; here they have no embedding.
     """
 
     tasks: list[RetrievalTask]
@@ -49,19 +49,20 @@ def open_source(root: str | Path | None = None, hub: str | None = None) -> Origi
     """The files of M-BEIR, in either layout (`evaluation.mbeir.files`, `evaluation.mbeir.mirrors`).
 
     Raises:
-        ValueError: both or neither of folder and Hub.
+        ValueError: both root and hub, or neither.
         FileNotFoundError: a folder with neither layout.
     """
     if (root is None) == (hub is None):
-        raise ValueError("name either a folder (root) or an owner of data sets on the Hub (hub)")
-    if hub is not None:
+        raise ValueError("give either a folder (root) or the owner of the data sets on the Hub (hub)")
+    if root is None:
         return Mirrors(hub=hub)
     if (Path(root) / "cand_pool").is_dir():
         return OriginalFiles(root)
     if any(Path(root).glob("mbeir_*/")):
         return Mirrors(root)
     raise FileNotFoundError(
-        f"{root} holds neither cand_pool/ (the layout of TIGER-Lab/M-BEIR) nor folders mbeir_TASK/ (of its mirrors)"
+        f"{root} holds neither cand_pool/ (the layout of TIGER-Lab/M-BEIR) nor folders mbeir_TASK/ (the layout of its "
+        "mirrors)"
     )
 
 
@@ -74,30 +75,32 @@ def read_mbeir(
     instructions: bool = False,
 ) -> MBEIR:
     """
-    Go through all files that are needed, once: a minute or so of a core for all pools, if images are found quickly.
+    Read all files that are needed, once. All pools take one core about two minutes, if the disk finds images quickly.
 
     Args:
-        tasks: of `mbeir_tasks.choose_tasks`. The global scope needs the pools of all 16, whatever tasks are chosen (or,
-            for tasks that are not M-BEIR's, the pools of those chosen).
-        limit: only the first queries of each task; a pool keeps as many candidates, and all positives.
+        tasks: as `evaluation.mbeir.tasks.choose_tasks` returns them. The global scope needs the pools of all 16 tasks,
+            whichever are chosen; for tasks that are not M-BEIR's, the pools of those chosen.
+        limit: only this many first queries of each task; a pool keeps as many first candidates, and all positives.
         instructions: put a prompt before the text of each query.
 
     Raises:
-        FileNotFoundError: files that are not there; all are named.
-        ValueError: files that are cut off or hold what can't be; the file and line are named. Queries without positives
-            and positives without query, ids of positives that no pool holds, ids that several entries share.
+        FileNotFoundError: missing files; all are named.
+        ValueError: with file and line, for files that are cut off or hold invalid values; queries without positives,
+            positives without a query or in no pool, and ids that several entries share.
     """
     pooled = list(tasks) if "global" not in scopes or not set(tasks) <= set(TASKS) else list(TASKS)
     _refuse_absent(source, tasks, pooled)
     wanted: set[str] = set()
-    retrieval_tasks, scans = [], {}
+    retrieval_tasks: list[RetrievalTask] = []
+    scans: dict[str, Scan] = {}
     for task in tasks:
         prompts = source.prompts(task) if instructions else None
         scans[task.name], positives = _read_task(source, task, limit, prompts)
         queries = scans[task.name].rows
         retrieval_tasks.append(RetrievalTask(task.name, task.direction, queries, positives, task.pool))
         wanted.update(*positives.values())
-    pools, found = {}, {}
+    pools: dict[str, Scan] = {}
+    found: dict[str, set[str]] = {}  # pool → the positives that it holds
     for task in {task.pool: task for task in pooled}.values():
         pools[task.pool], found[task.pool] = _read_pool(source, task, limit, wanted)
     if len(pools) > 1:
@@ -117,7 +120,7 @@ def read_mbeir(
 def evaluate_mbeir(
     benchmark: MBEIR,
     tasks: Sequence[MBEIRTask],
-    embed: Callable[[str, Sequence], Store],
+    embed: Embed,
     out: str | Path,
     *,
     scopes: Sequence[str] = SCOPES,
@@ -126,28 +129,28 @@ def evaluate_mbeir(
     device: str = "cpu",
 ) -> dict | None:
     """
-    Embed, search and score what `read_mbeir` gave.
+    Embed, search and score what `read_mbeir` returned.
 
     Args:
-        tasks, scopes, limit: as they were for `read_mbeir`.
+        tasks, scopes, limit: the same as for `read_mbeir`.
         embed, out, device: as for `evaluation.benchmark.evaluate_tasks`.
-        skip_unreadable: go on without images that are missing; `embed` must do so too. A query without is a miss.
+        skip_unreadable: go on if images are missing; `embed` must do so too. A query without an embedding is a miss.
 
     Returns:
-        as `evaluate_tasks`, on process 0 alone, and
-        - of each task and scope, `paper_metric`: which of the metrics the paper reports, e.g. `"hit@5"`;
+        on process 0, None on the others: the result of `evaluate_tasks`, and
+        - for each task and scope, `paper_metric`: the metric that the paper reports, e.g. `"hit@5"`;
         - `average`: scope → plain mean of these over the tasks, in 0..1;
-        - `images`: `{"rows": with an image, "missing": how many of them, "examples"}`; `empty`: see `MBEIR`;
-          `limit`: of a smoke run, else None.
+        - `images`: `{"rows": how many have an image, "missing": how many images are missing, "examples"}`;
+        - `empty`: as in `MBEIR`; `limit`: of a smoke run, else None.
 
     Raises:
-        FileNotFoundError: missing images: how many, and some of them.
+        FileNotFoundError: images are missing, without `skip_unreadable`; the message has their number and some names.
     """
     if benchmark.missing and not skip_unreadable:
         examples = ", ".join(benchmark.missing[:_NAMED])
         raise FileNotFoundError(
             f"{len(benchmark.missing):,} of {benchmark.images:,} images are missing, e.g. {examples}; unpack them, or "
-            "go on without them with --skip-unreadable"
+            "leave them out with --skip-unreadable"
         )
     result = evaluate_tasks(benchmark.tasks, benchmark.pools, embed, out, scopes=scopes, device=device)
     if result is None:
@@ -158,25 +161,28 @@ def evaluate_mbeir(
             result["tasks"][task.name][scope]["paper_metric"] = paper_metric(task, scope)
     result["average"] = {scope: average_of(result, scope) for scope in scopes}
     missing = {"missing": len(benchmark.missing), "examples": benchmark.missing[:_NAMED]}
-    return result | {"images": {"rows": benchmark.images} | missing, "empty": benchmark.empty, "limit": limit}
+    images = {"rows": benchmark.images} | missing
+    return result | {"images": images, "empty": benchmark.empty, "limit": limit}
 
 
-def _refuse_absent(source, tasks, pooled):
+def _refuse_absent(source: OriginalFiles | Mirrors, tasks: Sequence[MBEIRTask], pooled: Sequence[MBEIRTask]) -> None:
     needed = [file for task in tasks for file in source.needed(task)]
     needed += [file for task in pooled for file in source.needed_pool(task)]
     absent = [str(file) for file in needed if not file.is_file()]
     if absent:
-        pools = " The global pool is that of all 16 tasks; --scope local needs those of --tasks only."
+        pools = " The global pool is that of all 16 tasks; --scope local needs only the pools of --tasks."
         raise FileNotFoundError(
-            f"{len(absent)} files are not there: {', '.join(absent)}.{pools if len(pooled) > len(tasks) else ''}"
+            f"{len(absent)} files are missing: {', '.join(absent)}.{pools if len(pooled) > len(tasks) else ''}"
         )
 
 
-def _read_task(source, task, limit, prompts) -> tuple[Scan, dict[str, list[str]]]:
-    """The queries of a task, and of each that counts the positives, in the order of the queries."""
-    names = []
+def _read_task(
+    source: OriginalFiles | Mirrors, task: MBEIRTask, limit: int | None, prompts: Sequence[str] | None
+) -> tuple[Scan, dict[str, list[str]]]:
+    """The queries of a task, and the positives of each query within the limit, in the order of the queries."""
+    names: list[str] = []
 
-    def keep(number, name):
+    def keep(number: int, name: str) -> bool:
         names.append(name)
         return limit is None or number < limit
 
@@ -193,11 +199,13 @@ def _read_task(source, task, limit, prompts) -> tuple[Scan, dict[str, list[str]]
     return queries, {name: judged[name] for name in names[:limit]}
 
 
-def _read_pool(source, task, limit, wanted) -> tuple[Scan, set[str]]:
-    """The candidates of a pool, and which of the positives it holds."""
+def _read_pool(
+    source: OriginalFiles | Mirrors, task: MBEIRTask, limit: int | None, wanted: set[str]
+) -> tuple[Scan, set[str]]:
+    """The candidates of a pool, and those positives of `wanted` that it holds."""
     found = set()
 
-    def keep(number, name):
+    def keep(number: int, name: str) -> bool:
         if name in wanted:
             found.add(name)
             return True
@@ -207,10 +215,14 @@ def _read_pool(source, task, limit, wanted) -> tuple[Scan, set[str]]:
 
 
 def _refuse_unknown(
-    source, task: MBEIRTask, positives: dict[str, list[str]], found: dict[str, Collection[str]], complete: bool
-):
-    """`complete`: whether `found` is of all pools of M-BEIR."""
-    unknown = set().union(*positives.values()).difference(found[task.pool])
+    source: OriginalFiles | Mirrors,
+    task: MBEIRTask,
+    positives: Mapping[str, Collection[str]],
+    found: Mapping[str, Collection[str]],
+    complete: bool,
+) -> None:
+    """Refuse positives that no pool holds. `complete`: whether `found` covers all pools of M-BEIR."""
+    unknown: set[str] = set().union(*positives.values()).difference(found[task.pool])
     if task.dataset_id in _SHARING:
         unknown = unknown.difference(*found.values())
         if not complete:
@@ -220,5 +232,6 @@ def _refuse_unknown(
     for place, query, candidate in source.judgements(task):
         if candidate in unknown and query in positives:
             raise ValueError(
-                f"{place}: the positive {candidate!r} of {query!r} is in no pool that was read; {len(unknown)} such ids"
+                f"{place}: the positive {candidate!r} of {query!r} is in no pool that was read; there are "
+                f"{len(unknown)} such ids"
             )

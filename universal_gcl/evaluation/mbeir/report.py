@@ -1,6 +1,6 @@
-"""M-BEIR's result as the paper's tables have it: rows in its order, its columns beside ours. Rates in percent."""
+"""M-BEIR's result in the form of the paper's tables: its rows in its order, its columns next to ours. In percent."""
 
-from universal_gcl.evaluation.mbeir.tasks import MODALITIES, MBEIRTask, parse_task
+from universal_gcl.evaluation.mbeir.tasks import MBEIRTask, parse_task
 from universal_gcl.evaluation.paper import markdown_table, paper_table, terminal_table
 
 _GLOBAL_K = 50
@@ -9,7 +9,7 @@ _MISSING = "–"
 
 
 def paper_metric(task: MBEIRTask, scope: str) -> str:
-    """Which of the metrics the paper's table of this scope reports."""
+    """The metric that the paper's table of this scope reports."""
     return f"hit@{task.k if scope == 'local' else _GLOBAL_K}"
 
 
@@ -26,20 +26,21 @@ def mbeir_table(result: dict, scope: str, *, markdown: bool = False) -> str:
         result: of `evaluation.mbeir.measure.evaluate_mbeir`.
         markdown: for a file, else for a terminal.
 
-    The paper's columns are left out where none of its rows is there; its average stands beside ours where all 16 are.
+    The paper's columns are shown if one of its tasks was measured, its average if all 16 were.
     """
     columns, paper = paper_table(f"mbeir_{scope}")
     header = [f"{scope} pool", "hit", "ours"]
     tasks = {name: parse_task(name) for name in result["tasks"]}
-    keys = {name: f"{of.dataset} {MODALITIES[of.query]}>{MODALITIES[of.candidate]}" for name, of in tasks.items()}
-    theirs = [paper[key] for key in keys.values() if key in paper]
+    labels = {name: f"{task.dataset} {task.direction}" for name, task in tasks.items()}  # the rows of the paper
+    theirs = [paper[label] for label in labels.values() if label in paper]
     columns = columns if theirs else []
     lines = []
     for name, of in result["tasks"].items():
-        task, row = tasks[name], paper.get(keys[name])
+        row = paper.get(labels[name])
         shown = [_MISSING] * len(columns) if row is None else [f"{value:.2f}" for value in row]
-        label = f"{task.dataset} {task.direction}"
-        lines.append([label, of[scope]["paper_metric"].removeprefix("hit"), f"{100 * _figure(of, scope):.2f}", *shown])
+        lines.append(
+            [labels[name], of[scope]["paper_metric"].removeprefix("hit"), f"{100 * _figure(of, scope):.2f}", *shown]
+        )
     means = [_MISSING] * len(columns)
     if len(theirs) == _ROWS:
         means = [f"{sum(values) / _ROWS:.2f}" for values in zip(*theirs, strict=True)]
@@ -60,17 +61,17 @@ def _footer(result: dict, scope: str, with_paper: bool) -> str:
     notes[0] += "; the other columns are the paper's." if with_paper else "."
     if result["limit"] is not None:
         notes.append(
-            f"A smoke run: the first {result['limit']} queries of each task over as many candidates and the positives. "
-            "Its figures are far too high and must not be compared."
+            f"A smoke run: the first {result['limit']} queries of each task search as many candidates and the "
+            "positives. These figures are far too high and must not be compared."
         )
     outside = {name: task[scope]["positives_outside"] for name, task in result["tasks"].items()}
     if any(outside.values()):
         named = ", ".join(f"{name} {count}" for name, count in outside.items() if count)
-        notes.append(f"Positives that are in no pool searched, and can't be found: {named}.")
+        notes.append(f"Positives that can't be found, since they are in no pool that was searched: {named}.")
     skipped = sum(map(len, result["skipped"].values()))
     if skipped:
         notes.append(f"{skipped} rows could not be read and were left out; a query without embedding is a miss.")
     empty = sum(map(len, result["empty"].values()))
     if empty:
-        notes.append(f"{empty} rows hold nothing once their text is cleaned, and have no embedding.")
+        notes.append(f"{empty} rows are empty once their text is cleaned, and have no embedding.")
     return "\n".join(notes)

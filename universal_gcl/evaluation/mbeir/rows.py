@@ -1,7 +1,7 @@
-"""Queries and pools of M-BEIR as rows that are read when asked for, whatever files they are in.
+"""Queries and pools of M-BEIR as rows that are read from their files when they are needed.
 
-A pool of M-BEIR has up to a million candidates, all pools together 5.6 million: of a row that is kept, 8 bytes stay in
-memory, which say where it is found again.
+A pool of M-BEIR has up to a million candidates, all pools together 5.6 million. A row that is kept takes 8 bytes of
+memory: its key in the file.
 """
 
 from array import array
@@ -15,7 +15,7 @@ from universal_gcl.evaluation.mbeir.tasks import clean_text, instructed_text
 
 
 class Entry(NamedTuple):
-    """A query or candidate as its file has it; `image` is what `GCLModel.encode` takes."""
+    """A query or candidate as in its file; `image` is what `GCLModel.encode` takes."""
 
     id: str
     modality: str
@@ -24,9 +24,11 @@ class Entry(NamedTuple):
 
 
 class Table(Protocol):
-    """A file of queries or candidates. Iteration checks what it reads and gives `(key, place, entry)`, the place for
-    errors; its `entry.image` may be a mere mark that there is one. `table[key]` is the whole entry; `name` is that of
-    the file."""
+    """A file of queries or candidates.
+
+    Iteration checks what it reads and yields `(key, place, entry)`. The place is for error messages. `entry.image` may
+    be just True for an entry with an image; `table[key]` is the whole entry. `name` is the name of the file.
+    """
 
     name: str
 
@@ -35,7 +37,7 @@ class Table(Protocol):
     def __getitem__(self, key: int) -> Entry: ...
 
     def missing_image(self, entry: Entry) -> str | None:
-        """The file of its image, if it is not there."""
+        """The entry's image file, if it has one that doesn't exist."""
 
 
 class Rows(Sequence):
@@ -43,23 +45,23 @@ class Rows(Sequence):
 
     Args:
         keys: (N,) int64.
-        prompts: instructions of queries, or None for none.
+        prompts: instructions that are put before queries; None to put nothing there.
     """
 
     def __init__(self, table: Table, keys: np.ndarray, prompts: Sequence[str] | None = None):
         self.table, self.keys, self.prompts = table, keys, prompts
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: int) -> tuple[str, dict]:  # type: ignore[override]  # no slices
         entry = self.table[int(self.keys[number])]
         return entry.id, make_row(entry, self.prompts)
 
 
 def make_row(entry: Entry, prompts: Sequence[str] | None = None) -> dict:
-    """What is embedded: the image and the cleaned text, each where there is one, as UniIR masks what is absent. Empty
-    if there is neither."""
+    """What is embedded: the image and the cleaned text, as far as the entry has them, since UniIR masks what is absent.
+    Empty if it has neither."""
     text = clean_text(entry.text) if prompts is None else instructed_text(prompts, entry.text, entry.id)
     row = {"image": entry.image} if entry.image is not None else {}
     return row | ({"text": text} if text else {})
@@ -71,11 +73,11 @@ class Scan:
     What one pass over a table found.
 
     Attributes:
-        rows: those that are kept and have something to embed.
-        hashes: (N,) int64, of the ids of all entries.
-        empty: ids of entries that were to be kept and have nothing to embed.
+        rows: the entries that are kept and have something to embed.
+        hashes: (N,) int64, hashes of the ids of all entries.
+        empty: ids of entries that would be kept but have nothing to embed.
         images: how many of the rows have an image.
-        missing: files of images that are not there.
+        missing: image files that don't exist.
     """
 
     rows: Rows
@@ -87,18 +89,20 @@ class Scan:
 
 def scan(table: Table, keep: Callable[[int, str], bool], prompts: Sequence[str] | None = None) -> Scan:
     """
-    Go through a table once: check each entry, and find those to keep.
+    Go through a table once, check each entry, and find the entries to keep.
 
     Args:
-        keep: whether to keep the entry of this number and id.
+        keep: (number, id) → whether to keep the entry.
+        prompts: as for `Rows`.
 
     Raises:
-        ValueError: an entry whose only modality has no content, an id twice, with file and line; a file of no entries.
+        ValueError: with file and line, for an entry whose only modality has no content and for a repeated id; a file
+            without entries.
     """
     keys, hashes = array("q"), array("q")
     found = Scan(Rows(table, np.empty(0, np.int64), prompts), np.empty(0, np.int64))
     for number, (key, place, entry) in enumerate(table):
-        content = {"text": entry.text, "image": entry.image}.get(entry.modality, True)
+        content = {"text": entry.text, "image": entry.image}.get(entry.modality, True)  # both: one may be absent
         if content is None:
             raise ValueError(f"{place}: {entry.id!r} is of modality {entry.modality}, but its {entry.modality} is null")
         hashes.append(hash(entry.id))
@@ -126,14 +130,20 @@ def _refuse_repeated(table: Table) -> None:
     places: dict[str, str] = {}
     for _, place, entry in table:
         if entry.id in places:
-            raise ValueError(f"{place}: the id {entry.id!r} is that of {places[entry.id]} too; each must be its own")
+            raise ValueError(
+                f"{place}: the id {entry.id!r} is also used in {places[entry.id]}; give each row its own id"
+            )
         places[entry.id] = place
 
 
 def refuse_shared(scans: dict[str, Scan]) -> None:
-    """
+    """Refuse pools that share ids.
+
+    Args:
+        scans: pool → what a pass over it found.
+
     Raises:
-        ValueError: an id that two of these pools hold; all are named.
+        ValueError: two pools hold the same id; the message says how many ids, and names one with its pools.
     """
     values, counts = np.unique(np.concatenate([found.hashes for found in scans.values()]), return_counts=True)
     suspects = set(values[counts > 1].tolist())

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-MODALITIES = {"text": "t", "image": "i", "image,text": "it"}  # as in the data → as in tables
-SEED = 2023  # UniIR's, of the instructions that are drawn
+from modeling_gcl.modalities import IN_DATA, direction
 
-_DATASETS = {  # in file names → in the paper, and the id before the colon of qids and dids
+SEED = 2023  # UniIR's seed for drawing instructions
+
+_SHORT = {name: modality for modality, name in IN_DATA.items()}  # as in the data → as in tables
+_DATASETS = {  # name in file names → name in the paper, and the id before the colon of qids and dids
     "visualnews": ("VisualNews", "0"),
     "fashion200k": ("Fashion200K", "1"),
     "webqa": ("WebQA", "2"),
@@ -39,10 +41,10 @@ class MBEIRTask:
     Attributes:
         name: as in file names, e.g. `"cirr_task7"`.
         dataset: as in the paper, e.g. `"CIRR"`.
-        dataset_id: as in qids and in the file of instructions; None for a data set of one's own.
+        dataset_id: as in qids and in the file of instructions; None for a user's own data set.
         query, candidate: modalities, as in the data: `text`, `image` or `image,text`.
         pool: the name of its local pool, as in file names.
-        k: of Recall@k on the local pool.
+        k: the cut-off of Recall@k on the local pool.
     """
 
     name: str
@@ -55,26 +57,26 @@ class MBEIRTask:
 
     @property
     def direction(self) -> str:
-        return f"{MODALITIES[self.query]}→{MODALITIES[self.candidate]}"
+        return direction(_SHORT[self.query], _SHORT[self.candidate])
 
 
 def parse_task(name: str) -> MBEIRTask:
-    """The task of this name: DATASET_taskN, where N says which modality searches which. The data set may be one of
-    one's own that has M-BEIR's layout.
+    """The task called DATASET_taskN, where N says which modality searches which. The data set may be a user's own in
+    M-BEIR's layout.
 
     Raises:
-        ValueError: a name of another form.
+        ValueError: the name has another form.
     """
     match = re.fullmatch(r"(\w+)_task(\d)", name)
     if match is None or match[2] not in _DIRECTIONS:
-        known = ", ".join(f"{number} {MODALITIES[q]}→{MODALITIES[c]}" for number, (q, c) in _DIRECTIONS.items())
+        known = ", ".join(f"{number} {direction(_SHORT[q], _SHORT[c])}" for number, (q, c) in _DIRECTIONS.items())
         names = ", ".join(task.name for task in TASKS)
         raise ValueError(
-            f"{name!r} is no task: name some of {names}; or DATASET_taskN of your own, with N one of {known}"
+            f"{name!r} is not a task: choose from {names}; or DATASET_taskN for your own data, with N one of {known}"
         )
     dataset, dataset_id = _DATASETS.get(match[1], (match[1], None))
     query, candidate = _DIRECTIONS[match[2]]
-    # val and test of MSCOCO have separate pools
+    # MSCOCO has separate pools for validation and test
     pool = f"{name}_test" if match[1] == "mscoco" else name
     return MBEIRTask(name, dataset, dataset_id, query, candidate, pool, 10 if "fashion" in match[1] else 5)
 
@@ -93,21 +95,23 @@ TASKS = tuple(
 
 
 def choose_tasks(names: Sequence[str] | None, tests: Sequence[str] = (), pools: Sequence[str] = ()) -> list[MBEIRTask]:
-    """The tasks of these names, M-BEIR's in the paper's order.
+    """The tasks with these names; M-BEIR's come in the paper's order.
 
     Args:
-        names: by default the tests that are there, if they are one's own; else M-BEIR's 16.
-        tests, pools: names of those that are there. A task of one's own without a pool of its name searches that of its
-            data set that has candidates of the same modality.
+        names: default: the user's own tests if there are any, else M-BEIR's 16.
+        tests, pools: names of the tests and pools that exist. A user's task without a pool of its own name searches the
+            pool of its data set that has candidates of the same modality.
 
     Raises:
-        ValueError: a name that is no task or is repeated; tasks of M-BEIR and others together, for which no global pool
-            is defined.
+        ValueError: a name that is not a task or is repeated; tasks of M-BEIR together with others, for which no global
+            pool is defined.
     """
     if not names:
         names = sorted(set(tests) - {task.name for task in TASKS})
         if names and len(names) < len(tests):
-            raise ValueError(f"{', '.join(names)} are there beside tasks of M-BEIR: name tasks of one kind by --tasks")
+            raise ValueError(
+                f"the folder holds {', '.join(names)} and tasks of M-BEIR: choose tasks of one kind with --tasks"
+            )
         if not names:
             return list(TASKS)
     tasks = [parse_task(name) for name in names]
@@ -115,34 +119,36 @@ def choose_tasks(names: Sequence[str] | None, tests: Sequence[str] = (), pools: 
         raise ValueError(f"a task is named twice: {', '.join(names)}")
     own = [task.name for task in tasks if task not in TASKS]
     if own and len(own) < len(tasks):
-        raise ValueError(f"{', '.join(own)}: not of M-BEIR, and can't share its global pool; run them apart")
+        raise ValueError(
+            f"{', '.join(own)}: not tasks of M-BEIR, so they have no part in its global pool; run them separately"
+        )
     return [_with_pool(task, pools) for task in tasks] if own else [task for task in TASKS if task in tasks]
 
 
-def _with_pool(task, pools):
-    """A task of one's own with the pool that is there."""
-    alike = [parse_task(name) for name in sorted(pools) if name.startswith(f"{task.dataset}_task")]
-    found = [other.name for other in alike if other.candidate == task.candidate]
+def _with_pool(task: MBEIRTask, pools: Sequence[str]) -> MBEIRTask:
+    """A user's own task with a pool that exists."""
+    others = [parse_task(name) for name in sorted(pools) if name.startswith(f"{task.dataset}_task")]
+    found = [other.name for other in others if other.candidate == task.candidate]
     return task if task.pool in pools or not found else replace(task, pool=found[0])
 
 
-@lru_cache(maxsize=64)  # asked for millions of times, of three values
+@lru_cache(maxsize=64)  # called millions of times with three values
 def parse_modality(value: str | None) -> str:
-    """The modality as this module writes it; `text,image` and blanks are taken too.
+    """The modality as `IN_DATA` spells it; `text,image` and blanks are accepted too.
 
     Raises:
-        ValueError: an unknown one.
+        ValueError: an unknown modality.
     """
     parts = sorted(part.strip().lower() for part in str(value).split(","))
     modality = ",".join(parts)
-    if modality not in MODALITIES:
-        raise ValueError(f"the modality is {value!r}, not one of {', '.join(MODALITIES)}")
+    if modality not in _SHORT:
+        raise ValueError(f"the modality is {value!r}, not one of {', '.join(_SHORT)}")
     return modality
 
 
 def clean_text(text: str | None) -> str:
-    """What UniIR embeds of a text, `""` for none: without carriage returns, blanks and then double quotes at the ends;
-    the first letter in upper case; a period at the end, unless there is one or `?` or `!`."""
+    """The text as UniIR embeds it: carriage returns are removed, then blanks and then double quotes at both ends; the
+    first letter is in upper case; a period is added unless the text ends in `.`, `?` or `!`. `""` for no text."""
     text = (text or "").replace("\r", "").strip().strip('"')
     if text:
         text = text[0].upper() + text[1:]
@@ -151,10 +157,10 @@ def clean_text(text: str | None) -> str:
 
 
 def instructed_text(prompts: Sequence[str], text: str | None, qid: str) -> str:
-    """A query's text behind one of the prompts. An image query has the prompt for its text, as in UniIR.
+    """One of the prompts, followed by a query's text. An image query gets the prompt as its text, as in UniIR.
 
-    The prompt is drawn by `SEED` and the query's id, so that neither the order of the queries nor the number of
-    processes matters. UniIR draws from one stream for each of its workers, which nobody can draw again.
+    The prompt is drawn from `SEED` and the query's id, so that neither the order of the queries nor the number of
+    processes matters. UniIR draws from one stream per worker, which can't be reproduced.
     """
     prompt = clean_text(random.Random(f"{SEED} {qid}").choice(prompts))
     return clean_text(f"{prompt} {text or ''}")

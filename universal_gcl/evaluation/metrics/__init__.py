@@ -1,23 +1,32 @@
-"""Ranking metrics, each one a local `evaluate` module: `metrics/<name>/<name>.py`, which needs no network.
+"""Ranking metrics as plain functions, and as modules of the `evaluate` library that need no network.
 
-Each module file holds its only implementation as a plain function, which the protocols call directly.
+`evaluate.load` takes the path of a folder NAME here, which holds NAME.py, and copies that file alone. So the file only
+imports the function that this package has.
 """
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import evaluate
+from universal_gcl.evaluation.metrics.ranking import hit_rate_at_k, mrr_at_k, ndcg_at_k, recall_at_k
 
-_FOLDER = Path(__file__).parent
+if TYPE_CHECKING:
+    import evaluate
+
+__all__ = ["hit_rate_at_k", "load_metric", "mrr_at_k", "ndcg_at_k", "recall_at_k"]
 
 
 def load_metric(name: str) -> evaluate.Metric:
-    """The local `evaluate` module of that name (`hit_rate`, `ndcg`), ready for `.compute(predictions=…, references=…)`.
+    """The `evaluate` module `hit_rate`, `mrr`, `ndcg` or `recall`, for `.compute(predictions=…, references=…, k=…)`.
 
     Raises:
-        ValueError: no such metric; the message lists those there are.
+        ValueError: there is no such metric; the message lists those there are.
     """
-    folder = _FOLDER / name
+    import evaluate
+
+    folder = Path(__file__).parent / name
     if not (folder / f"{name}.py").is_file():
-        known = sorted(path.parent.name for path in _FOLDER.glob("*/*.py") if path.stem == path.parent.name)
+        known = sorted(path.parent.name for path in folder.parent.glob("*/*.py") if path.stem == path.parent.name)
         raise ValueError(f"there is no metric {name!r}; there are: {', '.join(known)}")
     return evaluate.load(str(folder))

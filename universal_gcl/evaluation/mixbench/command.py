@@ -1,11 +1,10 @@
 """`gcl evaluate mixbench`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from universal_gcl.evaluation.commands.compare import compare_variants
 from universal_gcl.evaluation.commands.options import (
     BatchSize,
     CentreOn,
@@ -17,22 +16,30 @@ from universal_gcl.evaluation.commands.options import (
     TruncateDim,
     Variants,
     listed,
-    sessions,
+    measure_variants,
+    pinned,
 )
+
+if TYPE_CHECKING:
+    from universal_gcl.evaluation.session import Session
 
 
 def mixbench(
     model: Model,
     out: Out,
-    root: Annotated[Path | None, typer.Option(help="Folder with a folder for each subset, as published.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder with one folder per subset, as published.")] = None,
     hub: Annotated[
         str | None,
-        typer.Option(help="Or mixed-modality-search/MixBench25 or MixBench2026; @COMMIT behind it pins it."),
+        typer.Option(
+            help="Instead of root: mixed-modality-search/MixBench25 or MixBench2026; ID@COMMIT pins a commit."
+        ),
     ] = None,
     qrels: Annotated[
-        Path | None, typer.Option(help="Folder as ROOT that holds the qrels, which MixBench2026 lacks.")
+        Path | None, typer.Option(help="Folder laid out like ROOT with the qrels, which MixBench2026 lacks.")
     ] = None,
-    subsets: Annotated[str | None, typer.Option(help="Names with commas between. Default: all that are there.")] = None,
+    subsets: Annotated[
+        str | None, typer.Option(help="Names separated by commas. Default: all subsets in the root.")
+    ] = None,
     variant: Variants = None,
     centre_on: CentreOn = None,
     revision: Revision = None,
@@ -40,37 +47,46 @@ def mixbench(
     truncate_dim: TruncateDim = None,
     limit: Limit = None,
     skip_unreadable: SkipUnreadable = False,
-):
-    """MixBench: each item once, as image, text or both; nDCG@10. GR-CLIP is --variant normalized_sum+centring."""
-    from universal_gcl.evaluation.mixbench.data import PUBLISHED, download_mixbench, find_subsets, read_subset
-    from universal_gcl.evaluation.mixbench.measure import evaluate_mixbench, mixbench_table
+) -> None:
+    """MixBench: nDCG@10 on items that are images, texts or both. GR-CLIP is --variant normalized_sum+centring."""
+    from universal_gcl.evaluation.mixbench.data import download_mixbench, find_subsets, read_subset
+    from universal_gcl.evaluation.mixbench.measure import evaluate_mixbench
+    from universal_gcl.evaluation.mixbench.subsets import PUBLISHED
 
-    if (root is None) == (hub is None):
+    names, hub_qrels, hub_id = None if subsets is None else listed(subsets), None, None
+    if hub is not None and root is None:
+        hub_id, commit = pinned(hub)
+        folder, hub_qrels = download_mixbench(hub_id, names or list(PUBLISHED), commit)
+    elif root is not None and hub is None:
+        folder = root
+    else:
         raise ValueError("give either --root or --hub")
-    names, hub_qrels = None if subsets is None else listed(subsets), None
-    if hub is not None:
-        hub, _, pinned = hub.partition("@")
-        root, hub_qrels = download_mixbench(hub, names or list(PUBLISHED), pinned or None)
-    names = names or find_subsets(root)
+    names = names or find_subsets(folder)
     qrels_root = qrels or hub_qrels
-    found = [read_subset(root, name, qrels_root=qrels_root, check_counts=limit is None) for name in names]
-    data = {
-        "root": None if hub else str(root),
-        "hub": hub,
-        "hub_commit": root.name if hub else None,
+    found = [read_subset(folder, name, qrels_root=qrels_root, check_counts=limit is None) for name in names]
+    settings = {
+        "root": None if hub_id else str(folder),
+        "hub": hub_id,
+        "hub_commit": folder.name if hub_id else None,
         "qrels": str(qrels) if qrels else None,
         "qrels_commit": hub_qrels.name if hub_qrels and not qrels else None,
         "subsets": names,
         "limit": limit,
     }
-    options = {"revision": revision, "batch_size": batch_size, "truncate_dim": truncate_dim}
-    options |= {"centre_on": centre_on, "skip_unreadable": skip_unreadable}
-    for session in sessions(model, out, variant, **options):
-        result = evaluate_mixbench(found, session.embed, session.out, limit=limit, device=str(session.device))
-        if result is None:
-            continue
-        typer.echo(f"{session.settings['variant']}:")
-        typer.echo(mixbench_table(result["subsets"]))
-        typer.echo(f"written to {session.write('mixbench', data, result)}")
-    if result is not None:
-        compare_variants(out, variant)
+
+    def measure(session: "Session") -> dict | None:
+        return evaluate_mixbench(found, session.embed, session.folder, limit=limit, device=str(session.device))
+
+    measure_variants(
+        "mixbench",
+        model,
+        out,
+        variant,
+        measure,
+        settings,
+        batch_size=batch_size,
+        truncate_dim=truncate_dim,
+        centre_on=centre_on,
+        revision=revision,
+        skip_unreadable=skip_unreadable,
+    )

@@ -1,23 +1,23 @@
-"""MMEB's sets as they lie on the Hub: SET/test-*.parquet, and images in a folder or in images.zip, which stays packed.
+"""MMEB's sets as published on the Hub: SET/test-*.parquet, and images in a folder or in images.zip, which stays packed.
 
-Version 1 (`TIGER-Lab/MMEB-eval`): `qry_text`, `qry_img_path`, `tgt_text`, `tgt_img_path`, with the instruction within
-the texts. Version 2 (`ziyjiang/MMEB_Test_Instruct`): `qry_inst` and `tgt_inst` apart; its images are those of
-`TIGER-Lab/MMEB-V2`, image-tasks/mmeb_v1.tar.gz. What the columns mean is read from VLM2Vec's evaluation (at 6e1e1d4 and
-its branch v1):
-- the candidates of a query are pairs of `tgt_text` and `tgt_img_path`, the first is the right one; "" in place of the
-  list of texts is a list of "", in place of a path "no image";
-- `<|image_1|>` marks where a vision-language model puts the image. It is taken out, with the white space at both ends;
-- each candidate that differs is embedded once for the whole set. Version 1 tells them apart by text and path; version 2
-  by the text alone where candidates are texts, by the path alone in its text-to-image sets (of one image with several
-  texts the first is embedded, for all), by path and text, less its outer quotes, in the others;
-- version 2 puts instruction and text together with a space between. Text candidates have no instruction, images that
-  have a text get instruction and text, those that have none the instruction alone.
+Version 1 (`TIGER-Lab/MMEB-eval`) has the columns `qry_text`, `qry_img_path`, `tgt_text` and `tgt_img_path`, with the
+instruction inside the texts. Version 2 (`ziyjiang/MMEB_Test_Instruct`) has instructions in columns of their own,
+`qry_inst` and `tgt_inst`; its images are those of `TIGER-Lab/MMEB-V2`, image-tasks/mmeb_v1.tar.gz. The meaning of the
+columns follows VLM2Vec's evaluation (at 6e1e1d4, and its branch v1):
+- The candidates of a query are pairs of `tgt_text` and `tgt_img_path`; the first is the right one. "" instead of the
+  list of texts means a list of ""; "" as a path means no image.
+- `<|image_1|>` marks where a vision-language model inserts the image. It is removed, with white space at both ends.
+- Each distinct candidate is embedded once for the whole set. In version 1, candidates are distinct by text and path. In
+  version 2 they are distinct by text in sets whose candidates are texts; by path in its text-to-image sets (if an image
+  has several texts, the first is embedded for all); and by path and text, without outer quotes, in the others.
+- Version 2 joins instruction and text with a space. Text candidates have no instruction. Images with a text get the
+  instruction and the text, images without a text get the instruction only.
 """
 
 import posixpath
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,21 +27,21 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
-from universal_gcl.evaluation.mmeb.sets import TEXT_CANDIDATES, TEXT_TO_IMAGE
+from universal_gcl.evaluation.mmeb.sets import HUB_IDS, TEXT_CANDIDATES, TEXT_TO_IMAGE
 from universal_gcl.sources.checks import DataError
+from universal_gcl.sources.paths import path_inside
 from universal_gcl.sources.tables import check_parts
 
-HUB_IDS = {1: "TIGER-Lab/MMEB-eval", 2: "ziyjiang/MMEB_Test_Instruct"}
 IMAGE_TOKEN = "<|image_1|>"
 _ARCHIVE = "images.zip"
-# where people unpack the archives, as the upstream scripts do, below the root
+# folders below the root into which users and the upstream scripts unpack the archives
 _FOLDERS = ("", "images", "eval_images", "image-tasks", "MMEB", "image-tasks/MMEB")
-_PROBED = 100  # paths that are looked for to find the images: some may be missing
+_PROBED = 100  # paths to look for when the folder of the images is searched, since some images may be missing
 _COLUMNS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 
 
 class Item(NamedTuple):
-    """A query or a candidate: what is not there is ""."""
+    """A query or a candidate; "" stands for a missing part."""
 
     instruction: str
     text: str
@@ -49,20 +49,21 @@ class Item(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """`"i"`, `"t"` or `"it"`: an image with an instruction is fused."""
+        """Its modality, `"i"`, `"t"` or `"it"`: an image with an instruction is fused."""
         return ("i" if self.path else "") + ("t" if self.text or self.instruction else "")
 
 
 @dataclass
 class MMEBSet:
     """
-    One set: `Q` queries over `M` different candidates.
+    One set: `Q` queries over `M` distinct candidates.
 
     Attributes:
-        queries: Q items. candidates: M items, in the order in which they are seen first.
+        queries: Q items.
+        candidates: M items, in the order of their first appearance.
         own: for each query the (n,) int64 places of its candidates in `candidates`; the first is the right one.
-        first_seen: M pairs, the query and the place among its candidates where a candidate is seen first.
-        images: of the whole set.
+        first_seen: M pairs: the query in which a candidate first appears, and its place among that query's candidates.
+        images: of the whole set; None if it has no images.
     """
 
     name: str
@@ -73,28 +74,28 @@ class MMEBSet:
     images: "Images | None"
 
     def query_rows(self) -> "Rows":
-        """To be embedded; the ids say the number of the query and the path of its image."""
+        """The rows to embed. An id is the number of the query and the path of its image."""
         return Rows([f"{n} {item.path}".rstrip() for n, item in enumerate(self.queries)], self.queries, self.images)
 
     def candidate_rows(self) -> "Rows":
-        """To be embedded; the ids are QUERY.PLACE of `first_seen` and the path of the image."""
+        """The rows to embed. An id is QUERY.PLACE from `first_seen` and the path of the image."""
         ids = [f"{q}.{place} {item.path}".rstrip() for (q, place), item in zip(self.first_seen, self.candidates)]
         return Rows(ids, self.candidates, self.images)
 
 
 class Rows(Sequence):
-    """`(id, row)` pairs for `retrieval.embed.embed_rows`, made when they are asked for."""
+    """`(id, row)` pairs for `retrieval.embed.embed_rows`, made when they are needed."""
 
     def __init__(self, ids: list[str], items: list[Item], images: "Images | None"):
         self.ids, self.items, self.images = ids, items, images
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, number):
+    def __getitem__(self, number: int) -> tuple[str, dict]:  # type: ignore[override]  # no slices
         item = self.items[number]
-        row = {"instruction": item.instruction or None, "text": item.text or None}
-        if item.path:
+        row: dict = {"instruction": item.instruction or None, "text": item.text or None}
+        if self.images is not None and item.path:
             row["image"] = self.images[item.path]
         return self.ids[number], row
 
@@ -107,7 +108,7 @@ class Images:
         root: a folder, or a .zip file.
 
     Attributes:
-        below: the folder in it that paths are relative to.
+        below: the folder below the root to which paths are relative.
     """
 
     def __init__(self, root: Path):
@@ -120,7 +121,7 @@ class Images:
         return (self.root / name).exists() if self.archive is None else name in self.names
 
     def __getitem__(self, path: str) -> Path | bytes:
-        """The file, or its bytes from the archive. Of what is missing there, the path at which it is missing."""
+        """The path of the file, or its bytes from the archive. If the archive lacks it, the path where it should be."""
         name = posixpath.join(self.below, path)
         if self.archive is None:
             return self.root / name
@@ -129,16 +130,16 @@ class Images:
         try:
             return self.archive.read(name)
         except (zipfile.BadZipFile, zlib.error, EOFError):
-            return b""  # is no image, and is treated like any other damaged one
+            return b""  # not an image: treated like any other damaged one
 
     @classmethod
     def find(cls, paths: Sequence[str], root: Path, image_root: Path | None) -> "Images":
         """
-        The first place that holds one of these paths: of `image_root`, else of images.zip in the root and of the
-        folders in which upstream's scripts unpack it.
+        The first place that holds one of these paths: in `image_root` if it is given, else in images.zip in the root
+        and in the folders into which upstream's scripts unpack it.
 
         Raises:
-            DataError: there is none, or an archive is cut off.
+            DataError: no place holds one of them, or an archive is cut off.
         """
         bases = [root / _ARCHIVE, root] if image_root is None else [image_root]
         for base in filter(Path.exists, bases):
@@ -151,22 +152,33 @@ class Images:
                     return images
         raise DataError(
             f"the images, such as {paths[0]}, are in none of {', '.join(map(str, bases))}: put {_ARCHIVE} of "
-            f"{HUB_IDS[1]} there, unpack it there, or give their folder by --image-root"
+            f"{HUB_IDS[1]} there, unpack it there, or name the folder of the images with --image-root"
         )
 
 
 def download_mmeb(hub: str, sets: Sequence[str], *, revision: str | None, images: bool) -> Path:
-    """The files of these sets, and images.zip if asked for, in the Hub's cache: a root for `read_set`.
+    """Download the files of these sets into the Hub's cache.
+
+    Args:
+        hub: id of the data set.
+        revision: branch, tag or commit.
+        images: download images.zip too.
+
+    Returns:
+        a root for `read_set`.
 
     Raises:
-        DataError: the repository can't be had.
+        DataError: the repository can't be downloaded.
     """
     wanted = [f"{name}/*" for name in sets] + ([_ARCHIVE] if images else [])
-    options = {"repo_type": "dataset", "revision": revision, "allow_patterns": wanted}
     try:
-        return Path(huggingface_hub.snapshot_download(hub, **options))
-    except (OSError, ValueError) as error:  # what the Hub says is an OSError
-        raise DataError(f"{hub}: not to be had as a data set of the Hub (revision {revision}): {error}") from error
+        return Path(
+            huggingface_hub.snapshot_download(hub, repo_type="dataset", revision=revision, allow_patterns=wanted)
+        )
+    except (OSError, ValueError) as error:  # errors of the Hub are OSErrors
+        raise DataError(
+            f"{hub} can't be downloaded from the Hub as a data set (revision {revision}): {error}"
+        ) from error
 
 
 def read_set(
@@ -184,24 +196,27 @@ def read_set(
     Args:
         root: folder with a folder for each set, as on the Hub.
         version: 1 or 2.
-        image_root: folder or .zip file that image paths are relative to; else it is looked for in the root.
+        image_root: folder or .zip file to which image paths are relative; by default it is looked for in the root.
         instructions: False leaves them out (version 2 only).
-        limit: only so many queries.
+        limit: only this many first queries.
 
     Raises:
-        DataError: (a ValueError) no such set, a part of it missing, a file that is cut off, of the other version or
-            without rows, a query without candidates, texts and paths of different number, a path that leaves the folder
-            of the images, images that are nowhere. File and row are named. What is embedded is checked later: a
-            candidate with neither text nor image, a missing or damaged image.
-        ValueError: an unknown version, `instructions=False` with version 1, a limit below 1.
+        DataError: (a ValueError) with file and row, if the set or a part of it is missing, a file is cut off, of the
+            other version or without rows, a query has no candidates or another number of texts than of paths, a path
+            leaves the folder of the images, or the images are not found. What is embedded is checked later: a candidate
+            with neither text nor image, a missing or damaged image.
+        ValueError: an unknown version, `instructions=False` with version 1, or a limit below 1.
     """
     if version not in HUB_IDS:
         raise ValueError(f"MMEB has versions 1 and 2, not {version}")
     if version == 1 and not instructions:
-        raise ValueError("in version 1 of MMEB instructions are part of the texts: leaving them out needs version 2")
+        raise ValueError(
+            "in version 1 of MMEB the instructions are part of the texts: leaving them out needs version 2"
+        )
     if limit is not None and limit < 1:
-        raise ValueError(f"the limit of queries is {limit}: use 1 or more, or none for all")
+        raise ValueError(f"the limit of queries is {limit}: use 1 or more, or no limit")
     root = Path(root)
+    base = root if image_root is None else Path(image_root)  # for error messages about paths
     read = _version_1 if version == 1 else _version_2(name, instructions)
     found = MMEBSet(name, [], [], [], [], None)
     places: dict[tuple, int] = {}
@@ -212,10 +227,12 @@ def read_set(
         if not keyed:
             raise DataError(f"{place}: the query has no candidates")
         number, own = len(found.queries), []
-        _refuse_outside(query.path, place)
+        if query.path:
+            path_inside(base, query.path, place)
         for n, (key, item) in enumerate(keyed):
             if key not in places:
-                _refuse_outside(item.path, place)
+                if item.path:
+                    path_inside(base, item.path, place)
                 places[key] = len(found.candidates)
                 found.candidates.append(item)
                 found.first_seen.append((number, n))
@@ -230,13 +247,8 @@ def read_set(
     return found
 
 
-def _refuse_outside(path, place):
-    if path and posixpath.normpath(path.replace("\\", "/")).startswith(("/", "..")):
-        raise DataError(f"{place}: the image {path} lies outside the folder of the images")
-
-
 def _table_rows(root: Path, name: str, version: int) -> Iterator[tuple[str, dict]]:
-    """The rows of a set, each with its place for messages; read little by little, as texts may be many."""
+    """The rows of a set, each with its place for error messages; in small batches, as a row may have many texts."""
     for path in checked_files(root, name, version):
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
@@ -250,10 +262,10 @@ def _table_rows(root: Path, name: str, version: int) -> Iterator[tuple[str, dict
 
 
 def checked_files(root: Path, name: str, version: int) -> list[Path]:
-    """The parquet files of a set, of which the ends alone are read.
+    """The parquet files of a set; of each only the schema is read.
 
     Raises:
-        DataError: there are none, or not all; one is cut off, or has not the columns of that version.
+        DataError: files are missing, one is cut off, or one has not the columns of this version.
     """
     parts = sorted((root / name).glob("test-*.parquet"))
     if not parts:
@@ -268,17 +280,17 @@ def checked_files(root: Path, name: str, version: int) -> list[Path]:
     return parts
 
 
-def _columns(name, version):
+def _columns(name: str, version: int) -> list[str]:
     if version == 1:
         return list(_COLUMNS)
     return ["qry_inst", *_COLUMNS[:3], *(() if name in TEXT_CANDIDATES else ("tgt_inst", "tgt_img_path"))]
 
 
-def _unreadable(path, error):
+def _unreadable(path: Path, error: Exception) -> DataError:
     return DataError(f"{path}: not a readable parquet file ({error}); is it cut off?")
 
 
-def _check_columns(path, names, columns, version):
+def _check_columns(path: Path, names: Sequence[str], columns: Sequence[str], version: int) -> None:
     other = "qry_inst" in names
     if other != (version == 2):
         raise DataError(f"{path} is of version {2 if other else 1} of MMEB: use --version {2 if other else 1}")
@@ -288,17 +300,17 @@ def _check_columns(path, names, columns, version):
 
 
 def _version_1(row: dict, place: str) -> tuple[Item, list[tuple[tuple, Item]]]:
-    """The query, and of each candidate what tells it apart and the item."""
+    """The query, and for each candidate its key (equal for equal candidates) and the item."""
     query = Item("", _text(row, "qry_text", place), _string(row, "qry_img_path", place))
     texts, paths = _matched(_list(row, "tgt_text", place), _list(row, "tgt_img_path", place), place)
     items = [Item("", _cleaned(text), path) for text, path in zip(texts, paths)]
     return query, [(item, item) for item in items]
 
 
-def _version_2(name: str, instructions: bool):
-    """The same, of a set of version 2."""
+def _version_2(name: str, instructions: bool) -> Callable[[dict, str], tuple[Item, list[tuple[tuple, Item]]]]:
+    """The same for a set of version 2."""
 
-    def read(row, place):
+    def read(row: dict, place: str) -> tuple[Item, list[tuple[tuple, Item]]]:
         instruction = _text(row, "qry_inst", place) if instructions else ""
         path = "" if name in TEXT_TO_IMAGE else _string(row, "qry_img_path", place)
         query = Item(instruction, _text(row, "qry_text", place), path)
@@ -317,7 +329,7 @@ def _version_2(name: str, instructions: bool):
 
 
 def _matched(texts: list[str], paths: list[str], place: str) -> tuple[list[str], list[str]]:
-    """As many texts as paths: of either, "" alone stands for as many as the other has."""
+    """As many texts as paths: a single "" on one side stands for as many as the other side has."""
     if texts in ([], [""]) and paths:
         texts = [""] * len(paths)
     elif paths in ([], [""]):

@@ -1,32 +1,39 @@
-"""MMEB's image sets (arXiv 2410.05160), by the rules of VLM2Vec's evaluation: see `evaluation.mmeb.data` for what is
+"""MMEB's image sets (arXiv 2410.05160), by the rules of VLM2Vec's evaluation; `evaluation.mmeb.data` says what is
 embedded.
 
-A query is scored against its own candidates only; it is right if the first has the highest inner product, where the
-first of equal ones wins. The mean is precision@1, which version 2 calls hit@1 and the GCL paper Recall@1. A query or a
-right candidate without an embedding is a miss.
+A query is scored against its own candidates only. It is right if its first candidate has the highest inner product; if
+several have it, the first of them wins. The mean over queries is precision@1, which version 2 calls hit@1 and the GCL
+paper Recall@1. A query or a right candidate without an embedding is a miss.
 
-What is written under the run's folder: `embeddings/queries/SET` and `embeddings/candidates/SET` (`retrieval.store`),
-and `records/SET.jsonl`, one line a query: `query`: the number of its row; `predicted`: the place of the best candidate;
-`rank` of the first candidate, from 1 on; `margin`: its score less the best other's; `candidates`: how many there were.
-null stands for what there is not.
+The candidates of a query are ranked by `retrieval.search.exact_top_k`, as everywhere. They don't go through
+`benchmark.evaluate_tasks`, which searches one pool for all queries of a task.
+
+The run's folder gets `embeddings/queries/SET` and `embeddings/candidates/SET` (`retrieval.store`), and
+`records/SET.jsonl` with one line per query; null stands for a missing value:
+- `query`: the number of its row; `candidates`: how many candidates it has;
+- `predicted`: the place of the best candidate among them;
+- `rank`: the rank of the first candidate, from 1 on; equal scores share the best rank;
+- `margin`: the score of the first candidate minus the best score of the others.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from universal_gcl.evaluation.benchmark import Embed
 from universal_gcl.evaluation.mmeb.data import checked_files, read_set
 from universal_gcl.evaluation.mmeb.sets import CATEGORIES, CATEGORY_OF, PAPER_DIRECTIONS
 from universal_gcl.evaluation.scoring import write_records
 from universal_gcl.retrieval.processes import Processes
+from universal_gcl.retrieval.search import exact_top_k
 from universal_gcl.retrieval.store import Store
 
 
 def evaluate_mmeb(
     root: str | Path,
-    embed: Callable[[str, Sequence], Store],
+    embed: Embed,
     out: str | Path,
     *,
     sets: Sequence[str] = tuple(PAPER_DIRECTIONS),
@@ -36,35 +43,34 @@ def evaluate_mmeb(
     limit: int | None = None,
 ) -> dict | None:
     """
-    Embed and score sets, one after the other. Called by all processes of a launch: they share the embedding.
+    Embed and score sets, one after the other. All processes of a launch call this: they share the embedding.
 
     Args:
         root, version, image_root, instructions, limit: as for `evaluation.mmeb.data.read_set`.
         embed: `(name, rows)` → the store of the rows; `Session.embed`.
         out: folder for the records.
-        sets: names, as `evaluation.mmeb.sets.chosen_sets` gives them.
+        sets: names, as `evaluation.mmeb.sets.chosen_sets` returns them.
 
     Returns:
         On process 0, None on the others:
         - `version`, `instructions`, `limit`;
         - `sets`: name → `{"category", "precision@1", "queries", "candidates" (of all queries), "distinct_candidates",
-          "query_kinds" and "candidate_kinds" ("i", "t", "it" → how many queries, how many distinct candidates: an image
-          with an instruction is fused), "missing_queries", "missing_candidates" (without an embedding)}`;
-        - `averages`: plain means of the sets' precision@1, in 0..1: of each category, of "all" that were asked for, and
-          of the "paper"'s 12 if all of them were;
-        - `skipped`: store → `{id: why}` of rows without embedding, where there are any.
+          "query_kinds" and "candidate_kinds" ("i", "t", "it" → number of queries or distinct candidates; an image with
+          an instruction is fused), "missing_queries", "missing_candidates" (without an embedding)}`;
+        - `averages`: plain means of the sets' precision@1, in 0..1: of each category, of "all" chosen sets, and of the
+          "paper"'s 12 if all of them were chosen;
+        - `skipped`: store → `{id: why}` of rows without an embedding, for stores that have such rows.
 
     Raises:
-        ValueError: as `read_set` and `retrieval.embed.embed_rows`; the set is named. What files are missing or
-            cut off is said before anything is embedded.
+        ValueError: as `read_set` and `retrieval.embed.embed_rows`; the set is named. Files of all sets are checked
+            before anything is embedded.
     """
     for name in sets:
         checked_files(Path(root), name, version)
-    options = {"version": version, "image_root": image_root, "instructions": instructions, "limit": limit}
     is_main = Processes().rank == 0
     results, skipped = {}, {}
     for name in sets:
-        data = read_set(root, name, **options)
+        data = read_set(root, name, version=version, image_root=image_root, instructions=instructions, limit=limit)
         try:
             queries = embed(f"queries/{name}", data.query_rows())
             candidates = embed(f"candidates/{name}", data.candidate_rows())
@@ -102,33 +108,37 @@ def evaluate_mmeb(
 
 def score_queries(queries: Store, candidates: Store, own: Sequence[np.ndarray]) -> list[dict]:
     """
+    Rank each query's own candidates.
+
     Args:
         queries: store of Q rows.
         candidates: store of M rows.
-        own: for each query the (n,) places of its candidates, the first being the right one.
+        own: for each query the (n,) places of its candidates, the right one first.
 
     Returns:
         one record for each query, as the module's docstring says.
-
-    In float64 the sums of float16 products of unit vectors are exact: scores are equal where embeddings are, and in any
-    order of the dimensions.
     """
     vectors = candidates.vectors[:]
     records = []
     for number, (row, places) in enumerate(zip(queries.rows.tolist(), own)):
-        record = {"query": number, "predicted": None, "rank": None, "margin": None, "candidates": len(places)}
+        record: dict = {"query": number, "predicted": None, "rank": None, "margin": None, "candidates": len(places)}
         records.append(record)
         found = candidates.rows[places]
-        if row < 0 or (found < 0).all():
+        present = np.flatnonzero(found >= 0)
+        if row < 0 or not len(present):
             continue
-        query = queries.vectors[[row]][0].astype(np.float64)
-        scores = np.where(found < 0, -np.inf, vectors[found].astype(np.float64) @ query)
-        record["predicted"] = int(scores.argmax())  # the first of equal ones
-        if found[0] < 0:
+        query, embeds = queries.vectors[[row]], vectors[found[present]]
+        scores, order = (result[0].numpy() for result in exact_top_k(query, embeds, len(present)))
+        record["predicted"] = int(present[order[0]])  # the first of equal ones
+        if present[0] != 0:
             continue
-        record["rank"] = 1 + int((scores > scores[0]).sum())
-        others = scores[1:][found[1:] >= 0]
-        record["margin"] = float(scores[0] - others.max()) if len(others) else None
+        right = int(np.flatnonzero(order == 0)[0])  # the position of the first candidate in the ranking
+        record["rank"] = 1 + int((scores > scores[right]).sum())
+        others = order[order != 0]
+        if len(others):
+            # in float64 the products and sums of float16 numbers are exact
+            gain = embeds[0].astype(np.float64) - embeds[others[0]].astype(np.float64)
+            record["margin"] = float(gain @ query[0].astype(np.float64))
     return records
 
 

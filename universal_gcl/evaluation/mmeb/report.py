@@ -1,4 +1,4 @@
-"""MMEB's result as a table, laid out like the GCL paper's table 2, with its columns beside ours. Rates in percent."""
+"""MMEB's result as a table in the form of the GCL paper's table 2, with its columns next to ours. In percent."""
 
 from universal_gcl.evaluation.mmeb.sets import CATEGORIES, PAPER_DIRECTIONS
 from universal_gcl.evaluation.paper import markdown_table, paper_table, terminal_table
@@ -9,8 +9,8 @@ def mmeb_table(result: dict, *, markdown: bool = False) -> str:
     The paper's sets in its order, then the others by category, then the averages.
 
     Args:
-        result: of `evaluate_mmeb`. The paper measured version 1: its columns are left out for version 2
-            and where none of its sets was asked for.
+        result: of `evaluation.mmeb.measure.evaluate_mmeb`. The paper's columns are shown for version 1, which it
+            measured, if one of its sets was measured.
         markdown: for a file, else for a terminal.
     """
     ours = {name: one["precision@1"] for name, one in result["sets"].items()}
@@ -20,11 +20,11 @@ def mmeb_table(result: dict, *, markdown: bool = False) -> str:
         columns = []
 
     def row(label: str, figure: float, figures: list[float] | None = None) -> list[str]:
-        beside = [f"{of:.1f}" for of in figures] if figures else ["–"] * len(columns)
-        return [label, *beside, f"{100 * figure:.1f}"]
+        theirs = [f"{value:.1f}" for value in figures] if figures else ["–"] * len(columns)
+        return [label, *theirs, f"{100 * figure:.1f}"]
 
     lines = []
-    figures = {name: paper[f"{name.split('_')[0]} {way.replace('→', '>')}"] for name, way in PAPER_DIRECTIONS.items()}
+    figures = {name: paper[f"{name.split('_')[0]} {way}"] for name, way in PAPER_DIRECTIONS.items()}
     for name, way in PAPER_DIRECTIONS.items():
         if name in ours:
             lines.append(row(f"{way:<6}{name}", ours[name], figures[name] if shown else None))
@@ -41,7 +41,7 @@ def mmeb_table(result: dict, *, markdown: bool = False) -> str:
     notes = []
     missing = sum(one["missing_queries"] + one["missing_candidates"] for one in result["sets"].values())
     if missing:
-        notes.append(f"{missing} queries and candidates could not be read: they count as misses, see results.json")
+        notes.append(f"{missing} queries and candidates could not be read and count as misses; results.json names them")
     if result["limit"] is not None:
         notes.append(f"a smoke run on the first {result['limit']} queries of each set: not comparable")
     if markdown:

@@ -1,1 +1,1 @@
-"""MIEB and the other tasks of mteb that are texts and images."""
+"""MIEB, and the other tasks of mteb with texts and images."""

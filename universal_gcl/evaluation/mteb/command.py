@@ -20,30 +20,34 @@ from universal_gcl.evaluation.commands.options import (
 def mteb(
     model: Model,
     tasks: Annotated[
-        list[str], typer.Option(help="A task or benchmark of mteb, such as CIRRIT2IRetrieval or MIEB(lite); repeat it.")
+        list[str],
+        typer.Option(help="A task or benchmark of mteb, e.g. CIRRIT2IRetrieval or MIEB(lite). Repeat it for several."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for mteb's results and results.json; the same again goes on.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder for mteb's results and results.json. The same command continues there.")
+    ],
     instructions: Annotated[bool, typer.Option("--instructions", help="Put mteb's prompts before queries.")] = False,
     variant: Variants = None,
     centre_on: CentreOn = None,
     revision: Revision = None,
     batch_size: BatchSize = 64,
     truncate_dim: TruncateDim = None,
-):
-    """MIEB, and all of mteb that is text and images."""
+) -> None:
+    """MIEB, and the other tasks of mteb with texts and images."""
     try:
         import mteb
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}: pip install 'universal-gcl[mteb]'") from error
+        raise ModuleNotFoundError(f"{error}; install it with pip install 'universal-gcl[mteb]'") from error
 
     from universal_gcl.evaluation.mteb.model import GCLEncoder
     from universal_gcl.evaluation.mteb.tasks import measure_tasks, select_tasks, tasks_table
 
     selected = select_tasks(tasks)
-    options = {"revision": revision, "batch_size": batch_size, "truncate_dim": truncate_dim, "centre_on": centre_on}
-    for session in sessions(model, out, variant, **options):
+    for session in sessions(
+        model, out, variant, revision=revision, batch_size=batch_size, truncate_dim=truncate_dim, centre_on=centre_on
+    ):
         if session.processes.size > 1:
-            raise ValueError("mteb measures in one process: start this command without a launcher")
+            raise ValueError("mteb runs in one process: start this command without a launcher")
         settings = {name: session.settings[name] for name in ("variant", "centre_on")}
         encoder = GCLEncoder(
             session.model,
@@ -54,7 +58,7 @@ def mteb(
             settings={name: value for name, value in settings.items() if value not in (None, "plain")},
         )
         results = measure_tasks(
-            encoder, selected, session.out, batch_size=batch_size, show_progress=sys.stderr.isatty()
+            encoder, selected, session.folder, batch_size=batch_size, show_progress=sys.stderr.isatty()
         )
         if variant is not None:
             typer.echo(f"{session.settings['variant']}:")

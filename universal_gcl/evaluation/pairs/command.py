@@ -1,4 +1,4 @@
-"""`gcl evaluate pairs` and `summary`."""
+"""`gcl evaluate pairs` and `gcl evaluate summary`."""
 
 import sys
 from pathlib import Path
@@ -21,17 +21,17 @@ def pairs(
     model: Model,
     data: Annotated[str, typer.Argument(help="Folder, .parquet, .jsonl, .csv, or Hub id of captioned images.")],
     out: Annotated[Path | None, typer.Option(help="Folder for results.json, embeddings and pictures.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first pairs.")] = None,
+    split: Annotated[str, typer.Option(help="Split of a data set on the Hub.")] = "test",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first pairs.")] = None,
     batch_size: BatchSize = 64,
-    seed: Annotated[int, typer.Option(help="Seed of mixed-modality search.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the pool of mixed-modality search.")] = 0,
     variant: Variants = None,
     centre_on: CentreOn = None,
     truncate_dim: TruncateDim = None,
     revision: Revision = None,
-):
+) -> None:
     """Nine-way retrieval, mixed-modality search and modality gap on image-caption pairs."""
-    from universal_gcl.evaluation.environment import collect_environment
+    from universal_gcl.evaluation.environment import collect_environment, command_line
     from universal_gcl.evaluation.pairs.measure import embed_pairs, evaluate_embeddings
     from universal_gcl.evaluation.pairs.plots import modality_pca, nine_way_heatmap
     from universal_gcl.evaluation.pairs.report import nine_way_markdown, nine_way_table
@@ -50,8 +50,14 @@ def pairs(
             typer.echo(
                 f"warning: {model} was trained for {trained} dimensions, not to be cut to {truncate_dim}", err=True
             )
-        options = {"batch_size": batch_size, "show_progress": sys.stderr.isatty(), "truncate_dim": truncate_dim}
-        embeddings = embed_pairs(session.model, session.processor, found, **options)
+        embeddings = embed_pairs(
+            session.model,
+            session.processor,
+            found,
+            batch_size=batch_size,
+            show_progress=sys.stderr.isatty(),
+            truncate_dim=truncate_dim,
+        )
         results[session.settings["variant"]] = result = evaluate_embeddings(embeddings, seed=seed)
         if variant is not None:
             typer.echo(f"{session.settings['variant']}:")
@@ -61,7 +67,7 @@ def pairs(
         session.out.mkdir(parents=True, exist_ok=True)
         settings = session.settings | {"data": data, "split": split, "limit": limit, "seed": seed}
         settings["fingerprint"] = model_fingerprint(session.model, session.processor)
-        written = {"command": "gcl evaluate pairs", **settings, "environment": collect_environment(), "after": result}
+        written = {"command": command_line(), **settings, "environment": collect_environment(), "after": result}
         write_json(session.out / "results.json", written)
         embeddings.save(session.out / "embeddings.safetensors")
         nine_way_heatmap(result, None, session.out / "nine_way.png")
@@ -73,16 +79,18 @@ def pairs(
 
 
 def summary(
-    runs: Annotated[list[str], typer.Argument(help="NAME=FILE of results.json files; equal names are seeds of one.")],
+    runs: Annotated[
+        list[str], typer.Argument(help="NAME=FILE for each results.json; repeat a NAME for several seeds.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for summary.json, summary.md and summary.png.")],
-):
-    """Mean and standard deviation over seeds, one line for each name: a table and a picture."""
+) -> None:
+    """Mean and standard deviation over seeds, as a table with one line for each name and as a picture."""
     from universal_gcl.evaluation.pairs.summary import summarize
 
     named: dict[str, list[Path]] = {}
     for run in runs:
         name, _, path = run.rpartition("=")
         if not name or not Path(path).is_file():
-            raise typer.BadParameter(f"{run!r} is no NAME=FILE of an existing results.json")
+            raise typer.BadParameter(f"{run!r} is not NAME=FILE with an existing results.json")
         named.setdefault(name, []).append(Path(path))
     typer.echo(summarize(named, out))

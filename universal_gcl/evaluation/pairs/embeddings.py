@@ -1,6 +1,7 @@
-"""The embeddings of a set of pairs: all that scores and pictures need, without the model."""
+"""The embeddings of a set of pairs. Scores and pictures need nothing else, not even the model."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,13 +9,12 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-MODALITIES = ("i", "t", "it")
-MODALITY_NAMES = {"i": "image", "t": "text", "it": "image + text"}
+from modeling_gcl.modalities import MODALITIES
 
 
 @dataclass(frozen=True)
 class CaptionRoles:
-    """Which caption (counted from 0) is used for what; see the table in `evaluation.pairs.measure`."""
+    """Which caption, counted from 0, has which role; see the table in `universal_gcl.evaluation.pairs.measure`."""
 
     text_query: int
     fused_query: int
@@ -23,7 +23,7 @@ class CaptionRoles:
 
 
 def caption_roles(captions_per_pair: int) -> CaptionRoles:
-    """The roles when each pair has at least that many captions."""
+    """The roles if every pair has at least this many captions."""
     return CaptionRoles(
         text_query=0,
         fused_query=1 if captions_per_pair > 2 else 0,
@@ -37,15 +37,15 @@ class PairEmbeddings:
     """Queries and candidates of N pairs, by modality `"i"`, `"t"`, `"it"`; float32, unit norm.
 
     Attributes:
-        ids: the N pairs' ids, each once.
-        caption_counts: number of captions → how many pairs have it.
+        ids: the ids of the N pairs, each once.
+        caption_counts: number of captions → how many pairs have that number.
         queries: modality → (N, D); row j is the query of pair j.
-        candidates: modality → (C, D); C = N for images and fused, N or more for texts, in the order of the pairs.
-        owners: modality → (C,) int64, the pair that each candidate belongs to.
+        candidates: modality → (C, D), in the order of the pairs. C = N for images and fused, C >= N for texts.
+        owners: modality → (C,) int64, the number of the pair that each candidate belongs to.
 
     Raises:
-        ValueError: an id twice, shapes that don't fit, a pair without a candidate, NaN or infinite numbers. The pair
-            is named.
+        ValueError: an id occurs twice, shapes don't fit, a pair has no candidate, or an embedding holds NaN or infinite
+            numbers. The message names the pair.
     """
 
     ids: list[str]
@@ -54,7 +54,7 @@ class PairEmbeddings:
     candidates: dict[str, np.ndarray]
     owners: dict[str, np.ndarray]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_ids(self.ids)
         width = self.queries["i"].shape[-1]
         for name in MODALITIES:
@@ -76,11 +76,11 @@ class PairEmbeddings:
 
     @property
     def captions_per_pair(self) -> int:
-        """The smallest number of captions of a pair, which the protocol follows."""
+        """The smallest number of captions that a pair has. It decides the roles of captions for all pairs."""
         return min(self.caption_counts)
 
     def caption_of(self, modality: str, candidate: int) -> int | None:
-        """Which caption of its pair a candidate holds; None for an image."""
+        """The number of the caption that a candidate holds, within its pair; None for an image."""
         if modality == "i":
             return None
         roles = caption_roles(self.captions_per_pair)
@@ -89,7 +89,7 @@ class PairEmbeddings:
         return roles.first_text + candidate - int(np.searchsorted(self.owners["t"], self.owners["t"][candidate]))
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file."""
+        """Write everything to one safetensors file."""
         tensors = {
             f"{part}.{name}": np.ascontiguousarray(matrix)
             for part in ("queries", "candidates", "owners")
@@ -112,9 +112,8 @@ class PairEmbeddings:
 
 
 def check_ids(ids: list[str]) -> None:
-    """Raise ValueError naming the ids that occur more than once."""
-    seen: set[str] = set()
-    twice = sorted({name for name in ids if name in seen or seen.add(name)})
+    """Raise a ValueError that names the ids that occur more than once."""
+    twice = sorted(name for name, count in Counter(ids).items() if count > 1)
     if twice:
         named = ", ".join(map(repr, twice[:5])) + (", …" if len(twice) > 5 else "")
         raise ValueError(f"{len(twice)} ids occur more than once: {named}; give each pair its own id")

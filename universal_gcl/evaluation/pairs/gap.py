@@ -1,7 +1,7 @@
 """The modality gap: how far apart the modalities lie, and which of them fills the first places of a mixed pool.
 
-The gap after Liang et al., "Mind the Gap", arXiv 2203.02053: the distance of the mean embeddings. Their cosine is what
-the GCL paper reports (arXiv 2509.25638).
+Liang et al., "Mind the Gap" (arXiv 2203.02053), define the gap as the distance between the mean embeddings. The GCL
+paper (arXiv 2509.25638) reports the cosine of the means.
 """
 
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ import numpy as np
 
 
 def modality_gap(embeddings: Mapping[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
-    """Cosine and Euclidean distance of the modalities' mean embeddings.
+    """Cosine and Euclidean distance between the mean embeddings of the modalities.
 
     Args:
-        embeddings: modality → (N, D) unit-norm embeddings; N may differ.
+        embeddings: modality → (N, D) unit-norm embeddings; N may differ between modalities.
 
     Returns:
         `{"cosine": {"i,t": …}, "distance": {"i,t": …}}`, one entry for each pair of modalities in the given order.
-        Distances are 0..2, in the units of the embeddings. The cosine of a mean that is exactly zero is None.
+        Distances lie in 0..2. The cosine is None if one of the means is exactly zero.
     """
     means = {name: np.asarray(matrix, dtype=np.float64).mean(axis=0) for name, matrix in embeddings.items()}
     gap: dict[str, dict[str, float | None]] = {"cosine": {}, "distance": {}}
@@ -30,7 +30,7 @@ def modality_gap(embeddings: Mapping[str, np.ndarray]) -> dict[str, dict[str, fl
 
 
 def top_share(rankings: np.ndarray, sizes: Mapping[str, int]) -> dict[str, float]:
-    """The share of each modality among the retrieved items.
+    """The share of each modality in the retrieved items.
 
     Args:
         rankings: (Q, k) indices into a pool that holds the modalities one after the other.

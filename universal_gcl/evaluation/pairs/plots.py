@@ -1,37 +1,41 @@
-"""Pictures of an evaluation and of a training run, as PNG. Colours after Okabe and Ito, and matplotlib's viridis,
-which people with colour-vision deficiency can tell apart; what matters is also said by numbers, hatching or markers."""
+"""Pictures of a nine-way evaluation and of a training run, as PNG."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from universal_gcl.evaluation.pairs.embeddings import MODALITIES, MODALITY_NAMES, PairEmbeddings
+from modeling_gcl.modalities import ALL_DIRECTIONS, IN_WORDS, MODALITIES
+from universal_gcl.evaluation.pairs.embeddings import PairEmbeddings
 from universal_gcl.evaluation.pairs.gap import modality_gap
-from universal_gcl.evaluation.pairs.measure import DIRECTIONS
 from universal_gcl.evaluation.pairs.report import check_comparable
+from universal_gcl.evaluation.plot_style import COLOURS, MODALITY_COLOURS, MODALITY_MARKERS, save_figure
 
-_MODALITY_COLOURS = {"i": "#0072B2", "t": "#D55E00", "it": "#009E73"}
-_MARKERS = {"i": "o", "t": "^", "it": "s"}
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_DPI = 150
+Series = dict[str, tuple[np.ndarray, np.ndarray]]  # name → (steps, values)
 
 
 def nine_way_heatmap(
-    before: dict, after: dict | None, path: str | Path, *, labels: Sequence[str] = ("before", "after")
+    before: dict[str, Any],
+    after: dict[str, Any] | None,
+    path: str | Path,
+    *,
+    labels: Sequence[str] = ("before", "after"),
 ) -> Path:
-    """hit@10 of the nine directions as 3 × 3 maps: a row of maps for each pool, a column for each result.
+    """Draw hit@10 of the nine directions as 3 × 3 maps, with a row of maps for each pool and a column for each result.
 
     Args:
-        before, after: results of `evaluate_pairs`; with `after`, its cells also show the change in
-            percentage points. Hatched cells are not in the headline; grey ones are left empty by the protocol.
+        before, after: results of `evaluate_pairs`. The cells of `after` also show the change in percentage points.
+            Hatched cells don't count in the headline; grey cells are left empty by the protocol.
 
     Raises:
-        ValueError: the results come from different protocols.
+        ValueError: the results can't be compared.
     """
     results = [before] if after is None else [before, after]
     check_comparable(results)
@@ -47,17 +51,17 @@ def nine_way_heatmap(
             ax.set_title(f"{title}\nheadline {100 * result['headline'][pool]:.1f} %", fontsize=11)
     figure.colorbar(image, ax=axes, shrink=0.6, label="hit@10 in %")
     figure.suptitle(f"Nine-way retrieval, {before['num_pairs']} pairs", fontsize=13)
-    note = "hatched: query and target share an input, not in the headline"
+    note = "hatched: query and target share an input, so they don't count in the headline"
     figure.supxlabel(note + ("\n" if after is None else " · ") + "grey: left empty", fontsize=9)
     return save_figure(figure, path)
 
 
-def _heatmap_panel(ax, result: dict, base: dict | None, pool: str, scale: Normalize):
-    hits = {name: result["nine_way"][name][pool] for name in DIRECTIONS}
-    grid = np.array([np.nan if hits[name] is None else 100 * hits[name]["hit@10"] for name in DIRECTIONS]).reshape(3, 3)
+def _heatmap_panel(ax: Axes, result: dict, base: dict | None, pool: str, scale: Normalize) -> AxesImage:
+    hits = [result["nine_way"][name][pool] for name in ALL_DIRECTIONS]
+    grid = np.array([np.nan if hit is None else 100 * hit["hit@10"] for hit in hits]).reshape(3, 3)
     image = ax.imshow(np.ma.masked_invalid(grid), cmap="viridis", norm=scale)
     ax.set_facecolor("#d9d9d9")
-    for place, name in enumerate(DIRECTIONS):
+    for place, name in enumerate(ALL_DIRECTIONS):
         y, x = divmod(place, 3)
         value = grid[y, x]
         if np.isnan(value):
@@ -76,8 +80,8 @@ def _heatmap_panel(ax, result: dict, base: dict | None, pool: str, scale: Normal
             )
             box = {"facecolor": image.cmap(scale(value)), "edgecolor": "none", "pad": 2.5}
         ax.text(x, y, text, ha="center", va="center", color="white" if dark else "black", fontsize=12, bbox=box)
-    ax.set_xticks(range(3), [MODALITY_NAMES[name] for name in MODALITIES], fontsize=9)
-    ax.set_yticks(range(3), [MODALITY_NAMES[name] for name in MODALITIES], fontsize=9, rotation=90, va="center")
+    ax.set_xticks(range(3), [IN_WORDS[name] for name in MODALITIES], fontsize=9)
+    ax.set_yticks(range(3), [IN_WORDS[name] for name in MODALITIES], fontsize=9, rotation=90, va="center")
     ax.set_xlabel("target", fontsize=9)
     ax.set_ylabel("query", fontsize=9)
     ax.set_xticks([0.5, 1.5], minor=True)
@@ -96,11 +100,12 @@ def modality_pca(
     max_pairs: int = 1000,
     seed: int = 0,
 ) -> Path:
-    """The candidates of the three modalities on their first two principal components.
+    """Draw the candidates of the three modalities on their first two principal components.
 
-    Each panel has its own PCA: training turns the space, so axes fitted on both would mostly show before against
-    after. Embeddings have norm 1 in both, so the panels share one scale and distances can be compared by eye. A pair
-    gives one point in each modality (its first text candidate); more than `max_pairs` are sampled with `seed`.
+    Each panel has its own PCA. Training rotates the space, so axes fitted on both would mostly show the rotation.
+    Embeddings have norm 1 before and after, so the panels share one scale and distances can be compared by eye. A pair
+    gives one point in each modality; for texts it is its first candidate. If there are more than `max_pairs` pairs,
+    they are sampled with `seed`.
     """
     panels = [before] if after is None else [before, after]
     figure = Figure(layout="constrained")
@@ -114,10 +119,10 @@ def modality_pca(
             points[name] = embeddings.candidates[name][firsts[chosen]]
         projected, shares = _principal_components(points)
         for name in MODALITIES:
-            style = {"color": _MODALITY_COLOURS[name], "marker": _MARKERS[name]}
-            ax.scatter(*projected[name].T, s=9, alpha=0.35, linewidths=0, label=MODALITY_NAMES[name], **style)
+            style = {"color": MODALITY_COLOURS[name], "marker": MODALITY_MARKERS[name]}
+            ax.scatter(*projected[name].T, s=9, alpha=0.35, linewidths=0, label=IN_WORDS[name], **style)
         for name in MODALITIES:
-            style = {"color": _MODALITY_COLOURS[name], "marker": _MARKERS[name]}
+            style = {"color": MODALITY_COLOURS[name], "marker": MODALITY_MARKERS[name]}
             ax.scatter(*projected[name].mean(axis=0), s=130, edgecolors="black", linewidths=1.6, zorder=3, **style)
         reach = np.maximum(reach, np.abs(np.concatenate(list(projected.values()))).max(axis=0))
         cosine = modality_gap(embeddings.candidates)["cosine"]
@@ -127,41 +132,40 @@ def modality_pca(
         ax.set_ylabel(f"component 2 ({100 * shares[1]:.1f} %)")
         ax.set_aspect("equal")
         ax.grid(alpha=0.25)
-    reach = 1.06 * np.maximum(reach, 0.6 * reach.max() + 1e-6)  # neither axis so short that the panel is a strip
+    reach = 1.06 * np.maximum(reach, 0.6 * reach.max() + 1e-6)  # no axis so short that the panel is a strip
     for ax in axes:
         ax.set(xlim=(-reach[0], reach[0]), ylim=(-reach[1], reach[1]))
     figure.set_size_inches(5.4 * len(panels), 4.7 * reach[1] / reach[0] + 1.8)
     handles, names = axes[0].get_legend_handles_labels()
     legend = figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False, markerscale=2.5)
-    for handle in legend.legend_handles:
+    for handle in filter(None, legend.legend_handles):
         handle.set_alpha(1)
     figure.suptitle("Modalities of the candidates; large markers: their means")
     return save_figure(figure, path)
 
 
 def _principal_components(points: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """(N, 2) coordinates by modality, and the two components' shares of the variance."""
+    """Modality → (N, 2) coordinates, and the share of the variance that each of the two components explains."""
     stacked = np.concatenate(list(points.values())).astype(np.float64)
     centre = stacked.mean(axis=0)
     _, singular, axes = np.linalg.svd(stacked - centre, full_matrices=False)
     axes = np.pad(axes[:2], ((0, 2 - len(axes[:2])), (0, 0)))
-    # the sign of a component is arbitrary: images go to the lower left, so that panels are turned alike
+    # the sign of a component is arbitrary: images always go to the lower left, so that panels can be compared
     image_mean = (points["i"].mean(axis=0) - centre) @ axes.T
     axes = axes * np.where(image_mean > 0, -1, 1)[:, None]
     variance = np.pad(singular**2, (0, 2))
-    return {name: (matrix - centre) @ axes.T for name, matrix in points.items()}, variance[:2] / max(
-        variance.sum(), 1e-30
-    )
+    shares = variance[:2] / max(variance.sum(), 1e-30)
+    return {name: (matrix - centre) @ axes.T for name, matrix in points.items()}, shares
 
 
-def training_curves(log_history: Sequence[dict], path: str | Path) -> Path:
-    """Loss, loss by direction, temperature and headline over the steps, from a Trainer's `state.log_history`.
+def training_curves(log_history: Sequence[dict[str, Any]], path: str | Path) -> Path:
+    """Draw loss, loss by direction, temperature and headline over the steps of a Trainer's `state.log_history`.
 
-    A panel is drawn for what was logged: `loss` and `eval_loss`; `loss_t→i` and so on; `logit_scale` (= 1 /
-    temperature) or `temperature`; and every key that holds `headline`, such as `eval_headline_global`.
+    Each panel is drawn if its keys were logged: `loss` and `eval_loss`; `loss_t→i` and so on; `logit_scale`
+    (= 1 / temperature) or `temperature`; and every key that contains `headline`, such as `eval_headline_global`.
 
     Raises:
-        ValueError: the log holds none of these.
+        ValueError: the log has none of these keys.
     """
     loss = _series(log_history, lambda key: key in ("loss", "eval_loss"))
     directions = _series(log_history, lambda key: key.startswith("loss_") and "→" in key)
@@ -182,7 +186,7 @@ def training_curves(log_history: Sequence[dict], path: str | Path) -> Path:
         if series
     ]
     if not panels:
-        raise ValueError("the log history holds no loss, temperature or headline: nothing to draw")
+        raise ValueError("the log history has no loss, temperature or headline: there is nothing to draw")
     columns = 2 if len(panels) == 4 else len(panels)
     rows = len(panels) // columns
     figure = Figure(figsize=(5.4 * columns, 3.8 * rows), layout="constrained")
@@ -214,23 +218,19 @@ def training_curves(log_history: Sequence[dict], path: str | Path) -> Path:
     return save_figure(figure, path)
 
 
-def _series(log_history: Sequence[dict], wanted) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """key → (steps, values), for the numbers logged under the keys that are wanted, in the order of the keys."""
-    keys = dict.fromkeys(key for entry in log_history for key in entry if wanted(key))
-    return {
-        key: tuple(np.array([(entry["step"], entry[key]) for entry in log_history if key in entry], dtype=float).T)
-        for key in keys
-    }
+def _series(log_history: Sequence[dict], is_wanted: Callable[[str], bool]) -> Series:
+    """The numbers logged under the wanted keys, in the order of the keys."""
+    keys = dict.fromkeys(key for entry in log_history for key in entry if is_wanted(key))
+    series = {}
+    for key in keys:
+        logged = [entry for entry in log_history if key in entry]
+        series[key] = (
+            np.array([entry["step"] for entry in logged], dtype=float),
+            np.array([entry[key] for entry in logged], dtype=float),
+        )
+    return series
 
 
-def _reciprocal(values):
+def _reciprocal(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values, dtype=float)
     return 1 / np.where(np.abs(values) < 1e-9, 1e-9, values)
-
-
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a PNG at the resolution of all pictures here; the folder is made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=_DPI)
-    return path

@@ -1,11 +1,13 @@
-"""The nine-way result as a table, for the terminal and as markdown for the model card, in percent, and as figures of a
-curve."""
+"""The nine-way result in percent: a table for the terminal, markdown for the model card, and metrics to log."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
-from universal_gcl.evaluation.pairs.measure import DIRECTIONS, HEADLINE
+from modeling_gcl.modalities import ALL_DIRECTIONS
+from universal_gcl.evaluation.pairs.measure import HEADLINE
 
-_ORDER = (*HEADLINE, *(direction for direction in DIRECTIONS if direction not in HEADLINE))
+_ORDER = (*HEADLINE, *(direction for direction in ALL_DIRECTIONS if direction not in HEADLINE))
 _MISSING = "–"
 
 
@@ -13,11 +15,12 @@ def nine_way_table(before: dict, after: dict | None = None) -> str:
     """hit@10 of the nine directions in both pools, the headline, mixed search and the gap, as lines for a terminal.
 
     Args:
-        before, after: results of `evaluation.pairs.measure.evaluate_pairs`. With `after`, each figure comes as
-            before → after and the change in points. Directions in parentheses are not in the headline.
+        before, after: results of `universal_gcl.evaluation.pairs.measure.evaluate_pairs`. With `after`, each figure is
+            shown as before → after, followed by the change in points. Directions in parentheses don't count in the
+            headline.
 
     Raises:
-        ValueError: the two results come from different protocols and must not be compared.
+        ValueError: the two results can't be compared, see `check_comparable`.
     """
     results = [before] if after is None else [before, after]
     check_comparable(results)
@@ -27,8 +30,9 @@ def nine_way_table(before: dict, after: dict | None = None) -> str:
         return f"{label:<22}" + "".join(f"{cell:>{width}}  " for cell in cells).rstrip()
 
     def cell(figure: Callable[[dict], float | None], scale: float = 100, digits: int = 1) -> str:
-        values = [figure(result) for result in results]
-        if None in values:
+        found = [figure(result) for result in results]
+        values = [value for value in found if value is not None]
+        if len(values) < len(found):
             return _MISSING
         shown = [f"{scale * value:.{digits}f}" for value in values]
         if after is None:
@@ -48,10 +52,10 @@ def nine_way_table(before: dict, after: dict | None = None) -> str:
 
 
 def nine_way_markdown(results: Mapping[str, dict]) -> str:
-    """The same figures as a markdown table, one column for each named result, cells `local / global`.
+    """The same figures as a markdown table, with one column for each named result and cells `local / global`.
 
     Raises:
-        ValueError: no results, or results from different protocols.
+        ValueError: there are no results, or they can't be compared, see `check_comparable`.
     """
     if not results:
         raise ValueError("no results to put into a table")
@@ -63,24 +67,27 @@ def nine_way_markdown(results: Mapping[str, dict]) -> str:
     def both(figure: Callable[[str], Callable[[dict], float | None]]) -> Callable[[dict], str]:
         return lambda result: f"{_percent(figure('local')(result))} / {_percent(figure('global')(result))}"
 
+    def number(figure: Callable[[dict], float | None]) -> Callable[[dict], str]:
+        return lambda result: _number(figure(result))
+
     lines = [
         "| hit@10 in %, local / global | " + " | ".join(results) + " |",
         "|---" + "|---:" * len(results) + "|",
     ]
     for direction in _ORDER:
         label = _label(direction, list(results.values()))
-        lines.append(row(label, both(lambda pool, direction=direction: _hit(direction, pool))))
+        lines.append(row(label, both(partial(_hit, direction))))
     lines.append(row("**headline**", both(_headline)))
     lines.append(row("headline, mean of both pools", lambda result: _percent(_headline("mean")(result))))
     lines.append(row("mixed search, nDCG@10 in %", lambda result: _percent(_mixed(result))))
     first = next(iter(results.values()))
     for names in first["gap"]["cosine"]:
-        lines.append(row(f"cosine of means {names}", lambda result, names=names: _number(_cosine(names)(result))))
+        lines.append(row(f"cosine of means {names}", number(_cosine(names))))
     return "\n".join([*lines, "", _footer(first)])
 
 
-def check_comparable(results: list[dict]) -> None:
-    """Raise ValueError where results differ in what makes their figures comparable."""
+def check_comparable(results: list[dict[str, Any]]) -> None:
+    """Raise a ValueError if results differ in protocol, pairs, candidates or seed: their figures can't be compared."""
     for key in ("protocol", "num_pairs", "captions_per_pair", "candidates", "seed"):
         values = [result[key] for result in results]
         if any(value != values[0] for value in values):
@@ -122,23 +129,24 @@ def _number(value: float | None) -> str:
 def _footer(result: dict) -> str:
     candidates = ", ".join(f"{count} {name}" for name, count in result["candidates"].items())
     text = (
-        f"{result['num_pairs']} pairs; candidates: {candidates}. Not in the headline: directions in parentheses, whose "
-        f"query and target share an input ({_MISSING}: they would be the same)."
+        f"{result['num_pairs']} pairs; candidates: {candidates}. Directions in parentheses don't count in the "
+        f"headline: their query and target share an input ({_MISSING}: they would be the same)."
     )
     counts = {int(count): pairs for count, pairs in result["caption_counts"].items()}
     if len(counts) > 1:
         fewest = min(counts)
         text += (
-            f" The protocol follows the pairs with the fewest captions: {counts[fewest]} of {result['num_pairs']} "
-            f"have {fewest}, others up to {max(counts)}."
+            f" The pairs with the fewest captions decide how captions are used: {counts[fewest]} of "
+            f"{result['num_pairs']} have {fewest}, others up to {max(counts)}."
         )
     return text
 
 
-def headline_metrics(result, prefix="eval"):
-    """The figures of a nine-way result worth a curve: headline hit@10, mixed nDCG@10, cosines of modality means.
+def headline_metrics(result: dict[str, Any], prefix: str = "eval") -> dict[str, float]:
+    """The metrics to log for a nine-way result: headline hit@10, mixed nDCG@10, and cosines of the modality means.
 
-    Figures that too few captions leave without a value (None) are left out."""
+    Metrics that are None, because the pairs have too few captions, are left out.
+    """
     metrics = {f"{prefix}_headline_{name}": value for name, value in result["headline"].items()}
     metrics[f"{prefix}_mixed_ndcg@10"] = result["mixed"]["ndcg@10"]
     metrics |= {f"{prefix}_cosine_{pair}": value for pair, value in result["gap"]["cosine"].items()}

@@ -1,21 +1,25 @@
-"""Several runs side by side: mean ± standard deviation over seeds of the figures that count, as table and picture."""
+"""Several runs side by side: mean ± standard deviation over seeds of the main figures, as a table and a picture."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from universal_gcl.evaluation.pairs.measure import HEADLINE
 from universal_gcl.evaluation.pairs.report import check_comparable
+from universal_gcl.evaluation.plot_style import POOL_COLOURS, save_figure
+
+ReadFigure = Callable[[dict[str, Any]], float]
 
 
-def _hit(direction: str, pool: str):
+def _hit(direction: str, pool: str) -> ReadFigure:
     return lambda result: 100 * result["nine_way"][direction][pool]["hit@10"]
 
 
-MAIN_FIGURES = {
+MAIN_FIGURES: dict[str, ReadFigure] = {
     "headline local": lambda result: 100 * result["headline"]["local"],
     "headline global": lambda result: 100 * result["headline"]["global"],
     "mixed nDCG@10": lambda result: 100 * result["mixed"]["ndcg@10"],
@@ -23,15 +27,14 @@ MAIN_FIGURES = {
     "cos i,it": lambda result: result["gap"]["cosine"]["i,it"],
     "cos t,it": lambda result: result["gap"]["cosine"]["t,it"],
 }
-# of the run, not of its result; a run that was only evaluated has none
-COSTS = {
+# read from the whole run, not from its result; a run that was only evaluated has none
+COSTS: dict[str, ReadFigure] = {
     "trained parameters": lambda run: run["parameters"]["total"]["trained"],
     "training, min": lambda run: run["train_runtime"] / 60,
     "peak memory, GiB": lambda run: run["peak_memory"] / 2**30,
 }
 POOLS = ("local", "global")
 FIGURES = MAIN_FIGURES | {f"{d} {pool}": _hit(d, pool) for d in HEADLINE for pool in POOLS}
-_COLOURS = {"local": "#0072B2", "global": "#D55E00"}
 
 
 def summarize(runs: Mapping[str, Sequence[Path]], out: Path) -> str:
@@ -39,16 +42,15 @@ def summarize(runs: Mapping[str, Sequence[Path]], out: Path) -> str:
     Write `summary.json`, `summary.md` and `summary.png`.
 
     Args:
-        runs: name → `results.json` files of its seeds, each with an `"after"` result of `evaluate_pairs` (a run
-            that was only evaluated has that alone).
+        runs: name → the `results.json` files of its seeds, each with an `"after"` result of `evaluate_pairs`.
         out: folder, made if absent.
 
     Returns:
-        The markdown: one table of headline, mixed search and gap, one of the directions (local / global hit@10), one of
-        what training cost, where the runs say so.
+        The markdown: a table of headline, mixed search and gap; a table of the directions (local / global hit@10); and
+        a table of what training cost, if the runs recorded it.
 
     Raises:
-        ValueError: a file without an `"after"` result, or results of different protocols.
+        ValueError: a file has no `"after"` result, or the results can't be compared.
     """
     results = {name: [read_result(path) for path in paths] for name, paths in runs.items()}
     check_comparable([result for group in results.values() for result in group])
@@ -69,8 +71,8 @@ def summarize(runs: Mapping[str, Sequence[Path]], out: Path) -> str:
     return markdown
 
 
-def read_result(path: Path) -> dict:
-    """The result of `evaluation.pairs.measure` that a `results.json` holds under `"after"`.
+def read_result(path: Path) -> dict[str, Any]:
+    """The result of `evaluate_pairs` that a `results.json` holds under `"after"`.
 
     Raises:
         ValueError: the file holds none.
@@ -82,7 +84,7 @@ def read_result(path: Path) -> dict:
 
 
 def _costs(runs: list[dict]) -> dict:
-    """Mean and deviation of each cost; empty unless all of the runs tell all of them."""
+    """Mean and deviation of each cost; empty unless every run recorded every cost."""
     try:
         return {cost: _mean_std([read(run) for run in runs]) for cost, read in COSTS.items()}
     except KeyError:
@@ -90,7 +92,7 @@ def _costs(runs: list[dict]) -> dict:
 
 
 def _mean_std(values: list[float]) -> dict:
-    """Sample standard deviation; None for a single value, which has none."""
+    """Mean and sample standard deviation; the deviation of a single value is None."""
     return {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)) if len(values) > 1 else None}
 
 
@@ -125,11 +127,11 @@ def _cost_cell(value: dict | None) -> str:
 
 
 def _bars(summary: dict, path: Path) -> None:
-    """Headline hit@10 of each run in both pools, whiskers of one standard deviation."""
+    """Draw the headline hit@10 of each run in both pools, with whiskers of one standard deviation."""
     figure = Figure(figsize=(8, 0.7 * len(summary) + 1.2), layout="constrained")
     ax = figure.subplots()
     places = np.arange(len(summary))
-    for shift, (pool, colour) in zip((-0.2, 0.2), _COLOURS.items()):
+    for shift, (pool, colour) in zip((-0.2, 0.2), POOL_COLOURS.items()):
         values = [row[f"headline {pool}"] for row in summary.values()]
         means, stds = [value["mean"] for value in values], [value["std"] or 0 for value in values]
         bars = ax.barh(places + shift, means, 0.38, xerr=stds, color=colour, label=f"{pool} pool", capsize=2)
@@ -139,4 +141,4 @@ def _bars(summary: dict, path: Path) -> None:
     ax.set_xlim(0, 100)
     ax.set_xlabel("headline hit@10 in %")
     ax.legend(loc="lower right")
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
