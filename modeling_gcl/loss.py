@@ -78,10 +78,10 @@ def gcl_loss(
             bfloat16 arithmetic. The gradient changes by about 0.5 %, the loss does not.
         cache_bytes (`int`): memory for exponentiated logits that are kept for the backward pass, which otherwise
             computes them again. All of them take 18 N² bytes, or 9 N² with `bf16`. No effect with `matryoshka_dims`.
-        processes (*optional*): shares the batch between processes. Pass `training.distributed.Processes()`, or another
-            object with the methods of `logsumexp.OneProcess`. Each process passes its own n of the N pairs (n may
-            differ) and gets the loss of the whole batch. The gradients are such that *averaging* parameter gradients
-            over the processes, as DistributedDataParallel and FSDP do, gives the gradient of the loss.
+        processes (*optional*): shares the batch between processes. Pass `training.distributed.BatchProcesses()`, or
+            another object with the methods of `logsumexp.OneProcess`. Each process passes its own n of the N pairs (n
+            may differ) and gets the loss of the whole batch. The gradients are such that *averaging* parameter
+            gradients over the processes, as DistributedDataParallel and FSDP do, gives the gradient of the loss.
 
     Returns:
         `torch.Tensor` scalar (float32, or float64 for float64 input). With `return_terms`, a `tuple` of it and a

@@ -196,14 +196,14 @@ class RowShardedEncoder:
     def __init__(self, model: Any) -> None:
         self.model = model
 
-    def encode(self, rows: Sequence, **kwargs: Any) -> torch.Tensor:
+    def encode(self, rows: Sequence, processor: Any = None, **kwargs: Any) -> torch.Tensor:
         """The same as `GCLModel.encode` with `on_error="raise"`; every rank must call it with the same rows."""
         if world_size() == 1:
-            return self.model.encode(rows, **kwargs)
+            return self.model.encode(rows, processor, **kwargs)
         rank, size = own_rank(), world_size()
         kwargs["show_progress"] = kwargs.get("show_progress", False) and rank == 0
         try:
-            shard = self.model.encode([rows[i] for i in range(rank, len(rows), size)], **kwargs)
+            shard = self.model.encode([rows[i] for i in range(rank, len(rows), size)], processor, **kwargs)
         except Exception as error:  # sent to all ranks: if one rank alone raised, the others would wait for it
             shard = error
         shards = gather_objects(shard)

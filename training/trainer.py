@@ -242,7 +242,8 @@ class GCLTrainer(ParameterTrainer):
         loss, self._batch_terms = result if isinstance(result, tuple) else (result, {})
         if not return_outputs:
             return loss
-        return loss, GCLOutput(loss=loss, **{name: x for name, x in inputs.items() if name not in LABELS})
+        embeds: dict[str, Any] = {name: x for name, x in inputs.items() if name not in LABELS}
+        return loss, GCLOutput(loss=loss, **embeds)
 
     def embed_batch(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
         """The `inputs` of `compute_loss` for a batch as the collator makes it."""
@@ -369,7 +370,7 @@ class GCLTrainer(ParameterTrainer):
 
     def embed_eval_pairs(self, eval_dataset: Sequence[dict] | None = None) -> Any:
         """[`PairEmbeddings`] of the evaluation pairs, embedded by all processes together."""
-        pairs = self.eval_dataset if eval_dataset is None else eval_dataset
+        pairs: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         model = self.accelerator.unwrap_model(self.model)
         with whole_parameters(model, self.accelerator):
             return embed_pairs(

@@ -4,9 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from modeling_gcl import alignclip_loss
+from modeling_gcl.loss import LossResult
 from universal_gcl.training.losses.loss import Loss
 
 
@@ -45,7 +44,7 @@ class AlignCLIP(Loss):
         if not (math.isfinite(self.separation_weight) and self.separation_weight >= 0):
             raise ValueError(f"separation_weight is {self.separation_weight}: use a number of at least 0")
 
-    def __call__(self, **batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self, **batch: Any) -> LossResult:
         return alignclip_loss(**batch, separation_weight=self.separation_weight, return_terms=True)
 
     def negatives_per_query(self, num_pairs: int) -> int:

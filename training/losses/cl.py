@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from modeling_gcl import contrastive_loss
+from modeling_gcl.loss import LossResult
 from universal_gcl.training.losses.loss import Loss
 
 
@@ -31,7 +30,7 @@ class CL(Loss):
   archivePrefix = {arXiv}
 }"""
 
-    def __call__(self, **batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self, **batch: Any) -> LossResult:
         return contrastive_loss(**batch, return_terms=True)
 
     def negatives_per_query(self, num_pairs: int) -> int:

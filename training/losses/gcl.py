@@ -4,10 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from modeling_gcl import gcl_loss
-from modeling_gcl.loss import DENOMINATORS
+from modeling_gcl.loss import DENOMINATORS, LossResult
 from modeling_gcl.modalities import CROSS_DIRECTIONS, parse_direction
 from universal_gcl.training.arguments import one_of
 from universal_gcl.training.losses.loss import Loss
@@ -66,7 +64,7 @@ class GCL(Loss):
         if all(weights.get(direction, 1.0) == 0 for direction in CROSS_DIRECTIONS):
             raise ValueError("direction_weights are all 0: there would be nothing to train")
 
-    def __call__(self, **batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self, **batch: Any) -> LossResult:
         return gcl_loss(
             **batch,
             denominator=self.denominator,

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
+from modeling_gcl.loss import LossResult
 
 # what GCLTrainer calls: a Loss, an nn.Module or a plain function, with the keywords of `Loss.__call__`
-LossFunction = Callable[..., torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]]
+LossFunction = Callable[..., LossResult]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Loss(ABC):
     citation: ClassVar[str]
 
     @abstractmethod
-    def __call__(self, **batch: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def __call__(self, **batch: Any) -> LossResult:
         """
         The loss of the pairs that all processes hold together.
 
