@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -75,7 +76,7 @@ def build_model(arguments: ModelArguments, max_text_length: int | None) -> tuple
         OSError: the encoder is neither a folder nor a model that the Hub gives out.
         ValueError: it can't be trained as the section says.
     """
-    overrides = {
+    overrides: dict[str, Any] = {
         "fusion": arguments.fusion,
         "text_pooling": arguments.text_pooling,
         "logit_scale_init_value": arguments.logit_scale_init,
@@ -101,7 +102,7 @@ def build_model(arguments: ModelArguments, max_text_length: int | None) -> tuple
     model.modality_means.zero_()
     freeze_parts(model, arguments.freeze)
     # convolutions run up to twice as fast in this layout, on CPU and GPU
-    model.to(memory_format=torch.channels_last)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # transformers hides the signature
     return model, processor
 
 

@@ -118,7 +118,7 @@ def convert_vista(file: str | Path, out_dir: str | Path, tokenizer: str | Path |
         with torch.device("meta"):  # the parameters are never allocated: the file's tensors replace them
             encoder = VistaModel(config)
         model = GCLModel.from_encoder(encoder, fusion="native")
-        load_weights(model.encoder, state, names)
+        load_weights(encoder, state, names)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 
@@ -247,7 +247,7 @@ def classify_keys(
     return unused, unknown
 
 
-def check_rotary_tables(state: Mapping[str, torch.Tensor], vision: EVA02VisionConfig) -> None:
+def check_rotary_tables(state: Mapping[str, torch.Tensor], vision: PreTrainedConfig) -> None:
     """Checks that the file's tables of rotary positions, if it has any, are those that the model computes.
 
     Raises:

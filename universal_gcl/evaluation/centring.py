@@ -1,7 +1,9 @@
 """GR-CLIP's centring (arXiv 2507.19054): estimate the mean embedding of each modality from pairs."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from modeling_gcl import GCLModel, GCLProcessor
 
@@ -33,5 +35,6 @@ def estimate_modality_means(
     images = [{"image": pair["image"]} for pair in pairs]
     texts = [{"text": pair["captions"][0]} for pair in pairs]
     fused = [image | text for image, text in zip(images, texts)]
-    embeds = model.encode([*images, *texts, *fused], processor, batch_size=batch_size, show_progress=show_progress)
-    model.set_modality_means(*embeds.split(len(pairs)))
+    rows = [*images, *texts, *fused]
+    embeds = model.encode(rows, processor, batch_size=batch_size, show_progress=show_progress)
+    model.set_modality_means(*cast(torch.Tensor, embeds).split(len(pairs)))  # nothing is skipped

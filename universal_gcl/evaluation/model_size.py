@@ -24,7 +24,7 @@ def model_size(model: GCLModel, processor: GCLProcessor) -> dict[str, Any]:
     max_tokens = processor.max_text_length or processor.tokenizer.model_max_length
     return {
         "n_parameters": sum(parameter.numel() for parameter in parameters),
-        "n_embedding_parameters": model.get_input_embeddings().weight.numel(),
+        "n_embedding_parameters": sum(table.numel() for table in model.get_input_embeddings().parameters()),
         "memory_usage_mb": sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20,
         "max_tokens": max_tokens if max_tokens < _UNLIMITED else None,
         "embed_dim": model.config.projection_dim,

@@ -10,6 +10,7 @@ Variants are baselines of the same checkpoint that need no training:
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from modeling_gcl import GCLModel, GCLProcessor
 from universal_gcl.evaluation.centring import estimate_modality_means
@@ -65,7 +66,7 @@ class Session:
         self.batch_size, self.truncate_dim, self.skip_unreadable = batch_size, truncate_dim, skip_unreadable
         self.processes = Processes()
         self.is_main = self.processes.rank == 0
-        overrides = {} if fusion is None else {"fusion": fusion}
+        overrides: dict[str, Any] = {} if fusion is None else {"fusion": fusion}
         self.model = GCLModel.from_encoder(model, revision=revision, **overrides).eval()
         self.processor = GCLProcessor.from_encoder(model, revision=revision)
         self.device = own_device()
