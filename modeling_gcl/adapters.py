@@ -4,29 +4,28 @@ import re
 from typing import Any
 
 import torch
+from transformers.integrations import PeftAdapterMixin
 from transformers.modeling_utils import load_state_dict
 from transformers.utils import cached_file
 
 
-class AdapterMixin:
+class AdapterMixin(PeftAdapterMixin):
     """
     Replaces `load_adapter` of a `PreTrainedModel`, which silently leaves a weight untrained if the adapter lacks it.
     With transformers before 5.18 it also forgets the modules that were trained in full (temperature and gates).
     """
 
-    def load_adapter(
-        self, peft_model_id: str | None = None, *args: Any, adapter_kwargs: dict | None = None, **kwargs: Any
-    ) -> Any:
+    def load_adapter(self, peft_model_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """
         Load an adapter. Arguments and result are those of `PreTrainedModel.load_adapter`.
 
         Raises:
             ValueError: the adapter lacks weights.
         """
-        report = super().load_adapter(peft_model_id, *args, adapter_kwargs=adapter_kwargs, **kwargs)
+        report = super().load_adapter(peft_model_id, *args, **kwargs)
         missing = set(report.missing_keys)
         if missing and peft_model_id is not None:
-            missing -= _load_fully_trained_modules(self, missing, peft_model_id, adapter_kwargs or {})
+            missing -= _load_fully_trained_modules(self, missing, peft_model_id, kwargs.get("adapter_kwargs") or {})
         if missing:
             raise ValueError(
                 f"the adapter lacks {len(missing)} of the model's weights, such as {min(missing)}: "

@@ -69,6 +69,7 @@ class FromEncoderMixin:
             TypeError: `config` names a field that GCLConfig does not have.
             OSError: the id or folder does not exist.
         """
+        model_class: Any = cls  # GCLModel
         unknown = set(config) - set(inspect.signature(GCLConfig.__init__).parameters)
         if unknown:
             raise TypeError(f"GCLConfig has no field {', '.join(sorted(unknown))}")
@@ -77,25 +78,24 @@ class FromEncoderMixin:
             loading["dtype"] = dtype
         name = str(encoder) if isinstance(encoder, (str, PathLike)) else None
         if name is not None and model_type_of(name, revision) == GCLConfig.model_type:
-            gcl_config = GCLConfig.from_pretrained(name, revision=revision, **config)
-            model = cls.from_pretrained(name, config=gcl_config, **loading)
+            gcl_config = GCLConfig.from_pretrained(name, revision=revision or "main", **config)
+            model = model_class.from_pretrained(name, config=gcl_config, **loading)
             if config.get("logit_scale_init_value") is not None:
                 model.logit_scale.reset_()
             return model
 
-        if name is not None:
-            encoder = load_backbone(name, config.get("text_pooling"), **loading)
-        if encoder.config.model_type == GCLConfig.model_type:
+        backbone: Any = encoder if name is None else load_backbone(name, config.get("text_pooling"), **loading)
+        if backbone.config.model_type == GCLConfig.model_type:
             raise ValueError("this encoder is a GCLModel already: use it as it is")
         choose = "fusion" not in config
-        if choose and hasattr(encoder, "get_fused_features"):
+        if choose and hasattr(backbone, "get_fused_features"):
             choose, config["fusion"] = False, "native"
-        pretrained_scale = pretrained_logit_scale(encoder)
+        pretrained_scale = pretrained_logit_scale(backbone)
         if pretrained_scale is not None:
             maximum = config.get("max_logit_scale") or GCLConfig().max_logit_scale  # SigLIP's scale is larger
             config.setdefault("logit_scale_init_value", min(pretrained_scale, maximum))
         # a copy, because GCLConfig resets the attention implementation that the loaded encoder has chosen
-        model = cls(GCLConfig(encoder_config=copy.deepcopy(encoder.config), **config), encoder=encoder)
+        model = model_class(GCLConfig(encoder_config=copy.deepcopy(backbone.config), **config), encoder=backbone)
         if choose:
             choose_fusion(model, processor or (None if name is None else _stored_processor(name, revision)))
         return model
@@ -168,7 +168,7 @@ def load_backbone(name: str | PathLike, text_pooling: str | None = None, **kwarg
     return encoder
 
 
-def check_is_dual_encoder(encoder: nn.Module) -> None:
+def check_is_dual_encoder(encoder: Any) -> None:
     """Raise ValueError if a model lacks a part that GCLModel needs, or has a part that is known to be wrong."""
     name = type(encoder).__name__
     model_type = encoder.config.model_type
@@ -182,7 +182,7 @@ def check_is_dual_encoder(encoder: nn.Module) -> None:
             )
 
 
-def check_settings(encoder: nn.Module, config: GCLConfig) -> None:
+def check_settings(encoder: Any, config: GCLConfig) -> None:
     """Raise ValueError if the backbone does not support a setting of the configuration."""
     name = type(encoder).__name__
     if config.text_pooling == "mean" and not hasattr(encoder, "text_projection"):
@@ -196,7 +196,7 @@ def check_settings(encoder: nn.Module, config: GCLConfig) -> None:
         )
 
 
-def freeze_unused_parameters(encoder: nn.Module, text_pooling: str | None = None) -> None:
+def freeze_unused_parameters(encoder: Any, text_pooling: str | None = None) -> None:
     """Freeze the parameters that no embedding depends on: they get no gradient, and DistributedDataParallel fails if a
     trainable parameter gets none."""
     for name, parameter in encoder.named_parameters():
@@ -207,7 +207,7 @@ def freeze_unused_parameters(encoder: nn.Module, text_pooling: str | None = None
         pooler.requires_grad_(False)
 
 
-def pretrained_logit_scale(encoder: nn.Module) -> float | None:
+def pretrained_logit_scale(encoder: Any) -> float | None:
     """The 1/τ that a backbone was trained with, or None. Its parameter is log(1/τ); in ALIGN and TIPSv2 it is τ."""
     if isinstance(getattr(encoder, "logit_scale", None), nn.Parameter):
         return encoder.logit_scale.detach().float().exp().item()
@@ -216,7 +216,7 @@ def pretrained_logit_scale(encoder: nn.Module) -> float | None:
     return None
 
 
-def split_inputs(encoder: nn.Module, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_inputs(encoder: Any, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     Divide inputs between the towers: each goes to the tower whose feature method has a parameter of that name.
     `output_hidden_states` and `output_attentions` go to both towers, and inputs that are None to neither.

@@ -142,7 +142,7 @@ def _backbone_config(model_type: str | None = None, **fields: Any) -> PreTrained
         # not registered with AutoConfig, where the remote code of two checkpoints would collide
         return VistaConfig(**fields)
     try:
-        return AutoConfig.for_model(model_type, **fields)
+        return AutoConfig.for_model(str(model_type), **fields)
     except ValueError as error:
         raise ValueError(
             f"unknown backbone: encoder_config names model_type={model_type!r}, which this version of "

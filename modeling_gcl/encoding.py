@@ -12,7 +12,6 @@ from PIL import Image
 from torch import nn
 from transformers.utils import logging
 
-from .configuration_gcl import GCLConfig
 from .modalities import FEATURES
 from .processing_gcl import GCLProcessor
 from .rows import ImageError, Row, load_images, parse_row
@@ -27,7 +26,7 @@ _Item = tuple[int, Image.Image | None]
 class EncodingMixin(nn.Module):
     """Gives GCLModel its method `encode`."""
 
-    config: GCLConfig
+    config: Any  # a GCLConfig
     device: torch.device
 
     @torch.inference_mode()
@@ -172,7 +171,7 @@ def _embed(
     kind = rows[0].kind
     inputs = processor(
         images=images if "i" in kind else None,
-        text=[row.text for row in rows] if "t" in kind else None,
+        text=[row.text or "" for row in rows] if "t" in kind else None,
         return_tensors="pt",
     ).to(model.device)
     modality = FEATURES[kind]

@@ -179,7 +179,7 @@ class EVA02VisionModel(PreTrainedModel):
 
     config_class = EVA02VisionConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -6,12 +6,13 @@
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import ProcessorMixin
 from transformers import initialization as init
 from transformers.utils import logging
 
@@ -81,7 +82,7 @@ def unit(features: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measure_tower_norms(model: PreTrainedModel, processor: ProcessorMixin) -> dict[str, float]:
+def measure_tower_norms(model: Any, processor: ProcessorMixin) -> dict[str, float]:
     """
     Measure the mean length of each tower's raw features, over twelve drawn shapes and their captions.
 
@@ -103,7 +104,7 @@ def measure_tower_norms(model: PreTrainedModel, processor: ProcessorMixin) -> di
     return {name: round(values.float().norm(dim=-1).mean().item(), 4) for name, values in features.items()}
 
 
-def choose_fusion(model: PreTrainedModel, processor: ProcessorMixin | None) -> None:
+def choose_fusion(model: Any, processor: ProcessorMixin | None) -> None:
     """
     Choose `config.fusion` for a model with two towers, and store the measured lengths in `config.tower_norms`.
 

@@ -137,7 +137,8 @@ def block_logsumexp(
             )
             for d in dims
         ]  # fmt: skip
-        return tuple(map(torch.cat, zip(*each)))
+        negatives, paired = (torch.cat(of_each_dim) for of_each_dim in zip(*each))
+        return negatives, paired
     if not torch.is_grad_enabled() or kernels_support(embeds[0]) or len(dims) > 1:
         cache_bytes = 0
     processes = processes or OneProcess()

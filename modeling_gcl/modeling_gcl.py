@@ -66,7 +66,7 @@ class GCLOutput(ModelOutput):
 class GCLPreTrainedModel(AdapterMixin, PreTrainedModel):
     config_class = GCLConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -101,6 +101,7 @@ class GCLModel(FromEncoderMixin, EncodingMixin, GCLPreTrainedModel):
             or it does not support `text_pooling="mean"` or `fusion="native"`.
     """
 
+    modality_means: torch.Tensor
     # The loss is a mean over pairs. Trainer must not rescale it as if it were a sum over tokens.
     accepts_loss_kwargs = False
 
@@ -128,17 +129,17 @@ class GCLModel(FromEncoderMixin, EncodingMixin, GCLPreTrainedModel):
         return loaded
 
     @property
-    def vision_model(self) -> PreTrainedModel:
+    def vision_model(self) -> Any:
         """The backbone's image tower."""
         return self.encoder.vision_model
 
     @property
-    def text_model(self) -> PreTrainedModel:
+    def text_model(self) -> Any:
         """The backbone's text tower."""
         return self.encoder.text_model
 
     @property
-    def towers(self) -> dict[str, PreTrainedModel]:
+    def towers(self) -> dict[str, Any]:
         """Both towers, as `{"image": ..., "text": ...}`."""
         return {"image": self.vision_model, "text": self.text_model}
 
@@ -284,14 +285,21 @@ class GCLModel(FromEncoderMixin, EncodingMixin, GCLPreTrainedModel):
             raise ValueError(f"modalities={tuple(modalities)}: the inputs given allow {', '.join(possible)} only")
         inputs = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
         features, towers = self._features(modalities, inputs | kwargs)
-        output = GCLOutput(
-            logit_scale=self.logit_scale(), **{f"{name}_embeds": unit(value) for name, value in features.items()}
+        embeds = {name: unit(value) for name, value in features.items()}
+        logit_scale = self.logit_scale()
+        loss: Any = None
+        if return_loss and len(embeds) == len(FEATURE_NAMES):
+            loss = gcl_loss(embeds["image"], embeds["text"], embeds["fused"], logit_scale)
+        with_states = any(kwargs.get(option) or getattr(self.config, option, False) for option in OUTPUT_OPTIONS)
+        return GCLOutput(
+            loss=loss,
+            image_embeds=embeds.get("image"),
+            text_embeds=embeds.get("text"),
+            fused_embeds=embeds.get("fused"),
+            logit_scale=logit_scale,
+            vision_model_output=towers.get("image") if with_states else None,
+            text_model_output=towers.get("text") if with_states else None,
         )
-        if return_loss and len(features) == len(FEATURE_NAMES):
-            output.loss = gcl_loss(output.image_embeds, output.text_embeds, output.fused_embeds, output.logit_scale)
-        if any(kwargs.get(option) or getattr(self.config, option, False) for option in OUTPUT_OPTIONS):
-            output.vision_model_output, output.text_model_output = towers.get("image"), towers.get("text")
-        return output
 
     def tower_features(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Raw features of both towers, as `{"image": (N, D), "text": (N, D)}`. Inputs as for `forward`."""

@@ -85,10 +85,10 @@ class Panel:
 
     def cast(self, dtype: torch.dtype) -> "Panel":
         """The panel with embeddings of another dtype."""
-        sides = (
+        anchors, candidates = (
             side._replace(embeds=tuple(x.to(dtype) for x in side.embeds)) for side in (self.anchors, self.candidates)
         )
-        return Panel(*sides, self.blocks, self.symmetric)
+        return Panel(anchors, candidates, self.blocks, self.symmetric)
 
 
 class TileCache:
@@ -132,13 +132,13 @@ def add_sums(
     """
     tiles = _Tiles(panel)
     for a, rows, m, cols in tiles:
-        by_col = col_sums is not None and not tiles.is_own_transpose(a, rows, m, cols)
+        own_transpose = tiles.is_own_transpose(a, rows, m, cols)
         for k, tile in enumerate(tiles.logits(scale, a, rows, m, cols)):
             if shift:
                 tile.sub_(shift)
             tile.exp_()
             row_sums[k, a, m, rows] += tile.sum(1)
-            if by_col:
+            if col_sums is not None and not own_transpose:
                 col_sums[k, m, a, cols] += tile.sum(0)
             if cache.bytes_left > 0:
                 if tiles.is_semantic(a, m):
@@ -150,10 +150,10 @@ def add_logsumexps(panel: Panel, scale: float, row_logs: torch.Tensor, col_logs:
     """As `add_sums`, for rows of any norm: log-sum-exps are added in log space, which takes twice as many exps."""
     tiles = _Tiles(panel)
     for a, rows, m, cols in tiles:
-        by_col = col_logs is not None and not tiles.is_own_transpose(a, rows, m, cols)
+        own_transpose = tiles.is_own_transpose(a, rows, m, cols)
         for k, tile in enumerate(tiles.logits(scale, a, rows, m, cols)):
             _add_log(row_logs[k, a, m, rows], tile.logsumexp(1))
-            if by_col:
+            if col_logs is not None and not own_transpose:
                 _add_log(col_logs[k, m, a, cols], tile.logsumexp(0))
 
 

@@ -27,7 +27,7 @@ class VistaModel(PreTrainedModel):
 
     config_class = VistaConfig
     main_input_name = "pixel_values"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -35,11 +35,12 @@ class VistaModel(PreTrainedModel):
 
     def __init__(self, config: VistaConfig) -> None:
         super().__init__(config)
-        vision, text = config.vision_config, config.text_config
+        vision: Any = config.vision_config
         is_eva = vision.model_type == EVA02VisionModel.config_class.model_type
-        self.vision_model = EVA02VisionModel(vision) if is_eva else _without_pooler(AutoModel.from_config(vision))
-        self.visual_projection = nn.Linear(config.vision_width, text.hidden_size)
-        self.text_model = _without_pooler(AutoModel.from_config(text))
+        tower = EVA02VisionModel(vision) if is_eva else AutoModel.from_config(vision)
+        self.vision_model: Any = _without_pooler(tower)
+        self.visual_projection = nn.Linear(config.vision_width, config.projection_dim)
+        self.text_model: Any = _without_pooler(AutoModel.from_config(config.text_config))
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -279,7 +280,7 @@ def cut_texts(
     return input_ids, attention_mask, token_type_ids
 
 
-def _without_pooler(tower: PreTrainedModel) -> PreTrainedModel:
+def _without_pooler(tower: Any) -> Any:
     """The tower, with a trainable pooler removed. Its output isn't used, and DistributedDataParallel fails if trainable
     parameters never get a gradient."""
     pooler = getattr(tower, "pooler", None)

@@ -11,7 +11,10 @@ LINKED = {"universal_gcl.training": "training", "universal_gcl.hub_configs": "hu
 
 
 def folder_of(package):
-    return ROOT / LINKED.get(package, package.replace(".", "/"))
+    for linked, folder in LINKED.items():
+        if package == linked or package.startswith(f"{linked}."):
+            return ROOT / folder / package.removeprefix(linked).strip(".").replace(".", "/")
+    return ROOT / package.replace(".", "/")
 
 
 def test_two_import_names_are_claimed():

@@ -161,7 +161,7 @@ def test_bad_input_is_one_line(recipe, tmp_path):
         (["--learning_rat", "1"], "learning_rate"),
         (["--train", str(tmp_path / "nowhere.parquet")], "nowhere.parquet: no such file"),
         (["--encoder", str(tmp_path / "nowhere")], "nowhere"),
-        (["--freeze", "[image, text]"], "leaves nothing to train"),
+        (["--freeze", "[image, text]"], "leaves only the temperature to train"),
         (["--per_device_train_batch_size", "64"], "fewer than one batch"),
         (["--effective_batch_size", "20"], "use 16 or 24, or per_device_train_batch_size 5"),
     ]:

@@ -42,7 +42,10 @@ def build_run(recipe: Recipe, write_base: BaseWriter) -> TrainingRun:
     set_seed(arguments.seed)
     model, processor = build_model(recipe.model, data.max_text_length)
     preprocessing, how_preprocessed = choose_preprocessing(processor.image_processor)
-    trained: nn.Module = model if recipe.peft is None else build_lora(recipe, model, processor, write_base)
+    trained: nn.Module = model
+    if recipe.peft is not None:
+        base = adapter_base(recipe, model, processor, write_base)
+        trained = add_lora(model, recipe.peft, base)
     if preprocessing is not None:  # pixels travel as uint8, a quarter of the bytes, and are normalised on the device
         trained.register_forward_pre_hook(preprocessing.normalize_input, with_kwargs=True)
     train_dataset, reports = build_dataset(data, seed=arguments.seed, preprocessing=preprocessing)
@@ -102,21 +105,20 @@ def build_model(arguments: ModelArguments, max_text_length: int | None) -> tuple
     return model, processor
 
 
-def build_lora(recipe: Recipe, model: GCLModel, processor: GCLProcessor, write_base: BaseWriter) -> nn.Module:
-    """The model with adapters, as `peft.PeftModel`.
+def adapter_base(recipe: Recipe, model: GCLModel, processor: GCLProcessor, write_base: BaseWriter) -> str:
+    """The checkpoint that the adapters will name as their base, a folder or a Hub id.
 
-    The adapters name the recipe's encoder as their base, if that is a GCL checkpoint which the recipe leaves as it is.
-    Otherwise the model as it is now is saved to `<output_dir>/base`, and they name that.
+    It is the recipe's encoder, if that is a GCL checkpoint which the recipe leaves as it is. Otherwise the model as it
+    is now is saved to `<output_dir>/base`.
     """
-    base, out = Path(recipe.model.encoder), Path(str(recipe.training.output_dir)).absolute()
+    encoder, out = Path(recipe.model.encoder), Path(str(recipe.training.output_dir)).absolute()
     # the folder that this run writes to will hold other weights in the end
-    if not is_unchanged(recipe.model) or base.resolve() == (out / "model").resolve():
-        base = out / "base"
-        with recipe.training.main_process_first():
-            if recipe.training.process_index == 0:
-                write_base(base, model, processor)
-        return add_lora(model, recipe.peft, str(base))
-    return add_lora(model, recipe.peft, str(base.absolute()) if base.exists() else recipe.model.encoder)
+    if is_unchanged(recipe.model) and encoder.resolve() != (out / "model").resolve():
+        return str(encoder.absolute()) if encoder.exists() else recipe.model.encoder
+    with recipe.training.main_process_first():
+        if recipe.training.process_index == 0:
+            write_base(out / "base", model, processor)
+    return str(out / "base")
 
 
 def is_unchanged(arguments: ModelArguments) -> bool:

@@ -221,3 +221,16 @@ def test_a_row_does_not_depend_on_its_batch(name, model):
         alone = run(model, **{key: value[row : row + 1] for key, value in inputs.items()})
         for key in ("image_embeds", "text_embeds"):
             assert torch.allclose(alone[key], whole[key][row : row + 1], atol=1e-5)
+
+
+# not SigLIP, whose texts sentence-transformers pads to the longest of the batch unless its files say otherwise
+@pytest.mark.parametrize("backbone", ["clip", "vision-text-dual-encoder", "vista-base"])
+def test_sentence_transformers_loads_a_folder_without_files_of_its_own(backbone, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model, processor = build(backbone), tiny_processor(backbone)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert not (tmp_path / "modules.json").exists()
+    theirs = sentence_transformers.SentenceTransformer(str(tmp_path), trust_remote_code=True, device="cpu")
+    embeds = theirs.encode(TEXTS, convert_to_tensor=True, normalize_embeddings=True)
+    assert torch.allclose(embeds, model.encode(TEXTS, processor=processor), atol=1e-5)

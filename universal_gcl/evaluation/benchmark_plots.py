@@ -89,7 +89,7 @@ def rank_histogram(runs: Mapping[str, Measured], records: Mapping[str, Path], pa
     """Draw at which rank the first positive of a query was found, as in figure 4 of the GCL paper.
 
     There is one panel for all tasks and, if there are several directions, one for each. Within a panel all tasks count
-    equally, whatever their number of queries.
+    equally, however many queries they have.
 
     Args:
         runs: name → run; two to seven.
@@ -172,7 +172,7 @@ def _check(runs: Mapping[str, Measured]) -> None:
 
 
 def _grouped_bars(ax: Axes, values: Sequence[Sequence[float]], names: Sequence[str]) -> list[BarContainer]:
-    """Bars of each run. Those of a group stand side by side in the order of the legend, so that they can be told apart
+    """Bars of each run. Those of a group stand side by side in the order of the legend, so that they can be identified
     without colours."""
     width = 0.8 / len(names)
     drawn = []

@@ -99,7 +99,7 @@ def measure_variants(
         protocol: the benchmark's name.
         out, options: as for `sessions`.
         measure: session → the result on process 0, None on the others.
-        settings: of the benchmark, written to `results.json` beside those of the session.
+        settings: of the benchmark, written to `results.json` together with those of the session.
 
     Each run's folder gets `results.json` and its tables in `table.md`; with several variants, `out` gets the
     comparison.
