@@ -63,7 +63,7 @@ def test_triton_is_no_requirement(monkeypatch):
     path = Path(kernels.__file__)
     assert "triton" not in get_imports(path)
     monkeypatch.setitem(sys.modules, "triton", None)  # import triton raises ImportError
-    spec = importlib.util.spec_from_file_location("triton_gcl_alone", path)
+    spec = importlib.util.spec_from_file_location("modeling_gcl.kernels_without_triton", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.triton is None and not module.supports(torch.empty(1))

@@ -218,7 +218,7 @@ def test_a_file_that_ends_early_without_a_sign_is_used_with_a_warning(tmp_path, 
     cut(tmp_path / "x.mkv", 0.6)
     found = numbers(tmp_path / "x.mkv", 5)
     assert len(found) == 5 and found[-1] < 30
-    assert len(warnings) == 1 and "states 4.0 s and ends after" in warnings[0]
+    assert len(warnings) == 1 and "should be 4.0 s long and ends after" in warnings[0]
     numbers(write_video(tmp_path / "whole.mkv", 40), 5)
     numbers(write_video(tmp_path / "slow.mp4", 3, rate=Fraction(1, 10)), 5)  # the last frame stays for 10 s of 30
     assert len(warnings) == 1
