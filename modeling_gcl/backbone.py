@@ -12,8 +12,8 @@ from transformers.utils import logging
 
 from .configuration_gcl import GCLConfig
 from .fusion import choose_fusion
+from .own_backbones import OWN_BACKBONES
 from .processing_gcl import GCLProcessor
-from .vista import VistaModel
 
 logger = logging.get_logger(__name__)
 
@@ -115,8 +115,8 @@ def _stored_processor(name, revision):
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """A backbone with random weights."""
-    is_vista = config.model_type == VistaModel.config_class.model_type
-    return VistaModel._from_config(config) if is_vista else AutoModel.from_config(config)
+    own = OWN_BACKBONES.get(config.model_type)
+    return AutoModel.from_config(config) if own is None else own._from_config(config)
 
 
 def model_type_of(name: str | PathLike, revision: str | None = None) -> str:

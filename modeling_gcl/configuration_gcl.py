@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from .vista_config import VistaConfig
+from .own_backbones import OWN_BACKBONES
 
 GATED_FUSIONS = ("gated_sum", "gated_normalized_sum")
 FUSIONS = ("sum", "normalized_sum", *GATED_FUSIONS, "native")
@@ -138,9 +138,8 @@ class GCLConfig(PreTrainedConfig):
 
 
 def _backbone_config(model_type: str | None = None, **fields: Any) -> PreTrainedConfig:
-    if model_type == VistaConfig.model_type:
-        # not registered with AutoConfig, where the remote code of two checkpoints would collide
-        return VistaConfig(**fields)
+    if model_type in OWN_BACKBONES:
+        return OWN_BACKBONES[model_type].config_class(**fields)
     try:
         return AutoConfig.for_model(str(model_type), **fields)
     except ValueError as error:

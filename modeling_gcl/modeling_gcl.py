@@ -317,7 +317,7 @@ class GCLModel(FromEncoderMixin, EncodingMixin, GCLPreTrainedModel):
         native = self.config.fusion == "native"
         if native:
             check_settings(self.encoder, self.config)  # the configuration may have changed
-        if native and "image" in modalities and "fused" in modalities:
+        if native and {"image", "fused"} <= set(modalities) and hasattr(self.encoder, "get_visual_tokens"):
             image_inputs["visual_tokens"] = self.encoder.get_visual_tokens(image_inputs.pop("pixel_values"))
         by_towers = "fused" in modalities and not native
         towers = {}

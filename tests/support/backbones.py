@@ -13,8 +13,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from modeling_gcl import GCLModel, GCLProcessor
-from modeling_gcl.vista import VistaModel
-from modeling_gcl.vista_config import VistaConfig
+from modeling_gcl.own_backbones import OWN_BACKBONES
 
 WORDS = "a an the red blue green dog cat bird runs sits flies on in grass house sky one two three".split()
 BACKBONES = ("clip", "siglip", "siglip2", "vision-text-dual-encoder")  # the kinds that every room is tested with
@@ -58,8 +57,8 @@ class Family:
 
     def build(self):
         if self.is_ours:
-            model_type, text = self.text
-            return VistaModel(VistaConfig({"model_type": model_type} | text, self.vision, **self.backbone))
+            model = OWN_BACKBONES[self.name]
+            return model(model.config_class(text_config=self.text, vision_config=self.vision, **self.backbone))
         if self.name == "VisionTextDualEncoder":
             vision, text = (
                 getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**config))
@@ -76,7 +75,7 @@ class Family:
     @property
     def is_ours(self):
         """No `AutoModel` of transformers: a converted folder is a GCLModel's."""
-        return self.name == "Vista"
+        return self.name in OWN_BACKBONES
 
     @property
     def is_known(self):
@@ -87,8 +86,10 @@ class Family:
 # every family of docs/models.md that GCL takes
 FAMILIES = {
     "clip": Family("CLIP", TEXT, VISION),
-    "vista-base": Family("Vista", ("bert", BERT | LARGE), EVA02, {"cls_token_id": 2, "sep_token_id": 3}),
-    "vista-m3": Family("Vista", ("xlm-roberta", ROBERTA | LARGE), EVA02, {"cls_token_id": 2, "sep_token_id": 3}),
+    "vista-base": Family("vista", {"model_type": "bert"} | BERT | LARGE, EVA02, {"cls_token_id": 2, "sep_token_id": 3}),
+    "vista-m3": Family(
+        "vista", {"model_type": "xlm-roberta"} | ROBERTA | LARGE, EVA02, {"cls_token_id": 2, "sep_token_id": 3}
+    ),
     "clip, gated": Family("CLIP", TEXT, VISION, gcl={"fusion": "gated_sum"}),
     "metaclip_2": Family("MetaClip2", TEXT, VISION),
     "altclip": Family("AltCLIP", ROBERTA | {"project_dim": 28}, VISION),
