@@ -165,6 +165,8 @@ class GradCache:
 
         # the kept graph goes first: its memory is free when the next chunk needs it
         *early, final = [len(states), *range(len(states))]
+        if not any(needed):  # nothing in the model is trained, only parameters of the loss: one chunk carries them
+            early, final = [], len(states)
         with self._surviving(), self.measure("encoder"):
             for index in early:
                 with self.no_sync(model):
@@ -184,17 +186,15 @@ class GradCache:
         wanted = [leaf.requires_grad_() for leaf, need in zip(leaves, needed) if need]
         loss, terms = self.loss(leaves[:-1], leaves[-1], labels)
         parameters = self._parameters(model, loss, leaves)
-        found: Iterator = iter(torch.autograd.grad(loss, [*wanted, *parameters], allow_unused=True))
+        # zeros for an output that the loss does not use: DistributedDataParallel waits for every parameter
+        found: Iterator = iter(torch.autograd.grad(loss, [*wanted, *parameters], materialize_grads=True))
         gradients: list[torch.Tensor | None] = [next(found) if need else None for need in needed]
         sizes = [len(outputs[0]) for outputs in cached]
         columns = [
             [gradient] * len(sizes) if gradient is None or gradient.ndim == 0 else gradient.split(sizes)
             for gradient in gradients
         ]
-        of_parameters = [
-            (parameter, gradient) for parameter, gradient in zip(parameters, found) if gradient is not None
-        ]
-        return loss.detach(), terms, list(zip(*columns)), of_parameters
+        return loss.detach(), terms, list(zip(*columns)), list(zip(parameters, found))
 
     def _parameters(self, model: nn.Module, loss: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
         """What the loss was computed from, besides its leaves: parameters of the model and of the loss itself."""

@@ -12,6 +12,15 @@ from tests.support.own_losses import LocalSigmoidLoss, SigmoidLoss, UniformTrain
 from universal_gcl.retrieval.processes import world_size
 from universal_gcl.training.trainer import GCLTrainer
 
+
+class FixedTemperatureLoss(torch.nn.Module):
+    """It uses neither the fused embeddings nor the temperature, for whose gradients DistributedDataParallel waits."""
+
+    def forward(self, image_embeds, text_embeds, processes, **unused):
+        images, texts = processes.gather(image_embeds), processes.gather(text_embeds)
+        return torch.nn.functional.cross_entropy(10 * images @ texts.T, torch.arange(len(images)))
+
+
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 OVERRIDE, OWN = {"cls": UniformTrainer}, {"cls": GCLTrainer, "loss": SigmoidLoss}
 CHUNKS = {"grad_cache_chunk": 4}
@@ -23,6 +32,8 @@ CASES = {
     "parameters, local anchors, cached and accumulated": OWN
     | {"loss": LocalSigmoidLoss, "gradient_accumulation_steps": 2}
     | CHUNKS,
+    "without the temperature, plain": {"cls": GCLTrainer, "loss": FixedTemperatureLoss},
+    "without the temperature, cached": {"cls": GCLTrainer, "loss": FixedTemperatureLoss} | CHUNKS,
 }
 
 

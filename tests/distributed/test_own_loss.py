@@ -14,7 +14,7 @@ def test_two_processes_train_an_own_loss_as_one(tmp_path):
         launch(WORKER, tmp_path / f"{processes}.pt", processes=processes, cwd=tmp_path)
         runs.append(torch.load(tmp_path / f"{processes}.pt", weights_only=True))
     alone, shared = runs
-    assert len(alone) == 5
+    assert len(alone) == 7
     for case, found in shared.items():
         figures = {name: found.pop(name) for name in ("loss", "grad_norm")}
         for name, values in figures.items():
