@@ -32,8 +32,9 @@ class LossParameters:
 
     def __init__(self, loss: Any, accelerator: Accelerator) -> None:
         self.module: nn.Module | None = None
-        if isinstance(loss, nn.Module) and loss.state_dict():
-            self.module = loss.to(accelerator.device)
+        if isinstance(loss, nn.Module):
+            loss.to(accelerator.device)  # buffers that are not saved too
+            self.module = loss if loss.state_dict() else None
         kind = accelerator.distributed_type
         if self.trained and kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(

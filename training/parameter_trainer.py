@@ -71,6 +71,11 @@ class ParameterTrainer(Trainer):
         if holds_adapter:
             check_adapter_weights(resume_from_checkpoint, self.model)
 
+    def _load_best_model(self) -> None:
+        """The same as Trainer's, with the loss's parameters."""
+        super()._load_best_model()
+        self.loss_parameters.load(str(self.state.best_model_checkpoint))
+
     @property
     def _has_adapter(self) -> bool:
         return hasattr(self.model, "peft_config")
