@@ -10,6 +10,7 @@ Notable features:
 - `evaluate` runs `evaluation.pairs.measure` instead of computing a loss.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -51,6 +52,10 @@ from universal_gcl.training.step_timer import StepTimer, StepTimerCallback
 
 LABELS = ("ids", "caption_ids", "broken")  # what a batch holds besides the model's inputs
 MODALITIES = tuple(FEATURES.values())
+NOT_FINITE_REMEDY = (
+    "Lower learning_rate, use bf16 instead of fp16, or look for broken weights in model.encoder; resume from the last "
+    "checkpoint."
+)
 
 
 class GCLTrainer(ParameterTrainer):
@@ -105,7 +110,7 @@ class GCLTrainer(ParameterTrainer):
             multiple of what is loaded at a time, or does not fit in memory; GradCache with DeepSpeed; a loss with
             parameters under FSDP2 or DeepSpeed; in training, a loss that depends on a parameter which is not trained.
         MemoryError: in training with GradCache; see `GradCache.step`.
-        FloatingPointError: embeddings or the temperature are NaN or infinite.
+        FloatingPointError: embeddings, the temperature or the logged loss are NaN or infinite.
     """
 
     def __init__(
@@ -235,11 +240,9 @@ class GCLTrainer(ParameterTrainer):
         try:
             result = self.loss(**inputs, **more, processes=self.processes)
         except FloatingPointError as error:  # all ranks see the whole batch, so all stop
-            raise FloatingPointError(
-                f"step {self.state.global_step + 1}: {error}. Lower learning_rate, use bf16 instead of fp16, "
-                "or look for broken weights in model.encoder; resume from the last checkpoint."
-            ) from error
-        loss, self._batch_terms = result if isinstance(result, tuple) else (result, {})
+            raise FloatingPointError(f"step {self.state.global_step + 1}: {error}. {NOT_FINITE_REMEDY}") from error
+        loss, terms = result if isinstance(result, tuple) else (result, {})
+        self._batch_terms = {name: torch.as_tensor(term).detach() for name, term in terms.items()}
         if not return_outputs:
             return loss
         embeds: dict[str, Any] = {name: x for name, x in inputs.items() if name not in LABELS}
@@ -351,13 +354,22 @@ class GCLTrainer(ParameterTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The same as Trainer's, with the means of the loss's terms and of 1/τ since the last entry, and the figures of
-        `StepTimer`."""
+        `StepTimer`.
+
+        Raises:
+            FloatingPointError: the loss is NaN or infinite; all processes log the same mean.
+        """
         if "loss" in logs:
             logs |= {name: torch.stack(values).sum().item() / self._num_steps for name, values in self._terms.items()}
             logs |= self.timer.pop_shares()
             self._terms.clear()
             self._num_steps = 0
         super().log(logs, *args, **kwargs)
+        if not math.isfinite(logs.get("loss", 0.0)):  # the losses of modeling_gcl raise earlier, others don't
+            raise FloatingPointError(
+                f"step {self.state.global_step}: the loss since the last log entry is {logs['loss']}. "
+                f"{NOT_FINITE_REMEDY}"
+            )
 
     def gather_broken_images(self) -> list[str]:
         """Names of the unreadable images that any process met, each once; every process must call it.

@@ -121,6 +121,73 @@ def test_weight_decay_follows_trainers_rules(tmp_path):
     assert decay[id(trainer.model.logit_scale.log_scale)] == 0
 
 
+class Probe(nn.Module):
+    """A trained linear map between the two modalities."""
+
+    modalities = ("image", "text")
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(24, 24, bias=False)
+
+    def forward(self, image_embeds, text_embeds, **unused):
+        logits = 10 * self.map(image_embeds) @ text_embeds.T
+        return nn.functional.cross_entropy(logits, torch.arange(len(logits)))
+
+
+def test_a_losss_parameters_can_be_all_that_is_trained(tmp_path):
+    plain, cached = Probe().double(), Probe().double()
+    cached.load_state_dict(plain.state_dict())
+    before = plain.map.weight.detach().clone()
+    trained(tmp_path, loss=plain, model=exact_model().requires_grad_(False))
+    trained(tmp_path, loss=cached, model=exact_model().requires_grad_(False), grad_cache_chunk=5)
+    assert (plain.map.weight - before).abs().max() > 1e-4
+    torch.testing.assert_close(cached.map.weight, plain.map.weight, atol=1e-9, rtol=0)
+
+
+def test_the_best_model_comes_with_the_losss_parameters_of_its_checkpoint(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "headline_mean", "save_total_limit": 3}
+    loss = SigmoidLoss()
+
+    class SecondIsBest(GCLTrainer):
+        def evaluate(self, *args, **kwargs):
+            metrics = super().evaluate(*args, **kwargs)
+            return metrics | {"eval_headline_mean": float(self.state.global_step == 2)}
+
+    trainer = trained(tmp_path, SecondIsBest, loss, model=exact_model().float(), eval_pairs=make_pairs(8), **settings)
+    assert trainer.state.best_global_step == 2
+    saved = [torch.load(tmp_path / f"checkpoint-{step}" / "loss.pt")["bias"] for step in (2, 3)]
+    assert torch.equal(loss.bias, saved[0]) and not torch.equal(*saved)
+
+
+def test_a_losss_terms_may_be_numbers(tmp_path):
+    def loss(image_embeds, text_embeds, **unused):
+        value = -(image_embeds * text_embeds).sum(1).mean()
+        return value, {"value": value.item(), "with_graph": value, "count": 3}
+
+    trainer = trained(tmp_path, loss=loss, max_steps=2)
+    for logged in trainer.state.log_history[:2]:
+        for name in ("loss_value", "loss_with_graph"):
+            assert logged[name] == pytest.approx(logged["loss"], rel=1e-6)
+        assert logged["loss_count"] == 3
+
+
+def test_a_loss_that_is_nan_stops_the_run(tmp_path):
+    def loss(image_embeds, **unused):
+        return image_embeds.sum() * torch.nan
+
+    with pytest.raises(FloatingPointError, match=r"^step 1: the loss since the last log entry is nan. Lower"):
+        trained(tmp_path, loss=loss, max_steps=3)
+
+
+def test_buffers_that_are_not_saved_move_to_the_device_too():
+    loss = nn.Module()
+    loss.register_buffer("mask", torch.ones(2), persistent=False)
+    accelerator = SimpleNamespace(device=torch.device("meta"), distributed_type=DistributedType.NO)
+    assert LossParameters(loss, accelerator).module is None and loss.mask.is_meta
+
+
 class Regularised(GCLTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs)
