@@ -69,8 +69,8 @@ class GCLProcessor(ProcessorMixin):
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
         r"""
         Args:
-            images (`list` of PIL images, *optional*): turned upright by their EXIF orientation and converted to RGB, as
-                in `GCLModel.encode`.
+            images (`list` of PIL images, *optional*): they are turned upright by their EXIF orientation and converted
+                to RGB, as in `GCLModel.encode`.
             text (`str` or `list[str]`, *optional*).
             **kwargs: arguments of transformers' processors. Padding and truncation default to this checkpoint's.
 
