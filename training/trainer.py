@@ -57,9 +57,9 @@ class GCLTrainer(ParameterTrainer):
     r"""
     `transformers.Trainer` for contrastive training of a `GCLModel`.
 
-    To train with a loss of your own, give it as `loss`, or override `compute_loss`, which is where every loss of
-    training comes from, with GradCache or without, in one process or several. Both get embeddings, not pixels and
-    tokens, of all pairs that this process has in the batch:
+    To train with a loss of your own, give it as `loss`, or override `compute_loss`, which computes every loss in
+    training, with GradCache or without, in one process or several. Both get the embeddings (not pixels and tokens) of
+    all pairs that this process has in the batch:
 
         >>> import torch
         >>> from universal_gcl.training.trainer import GCLTrainer
@@ -211,11 +211,11 @@ class GCLTrainer(ParameterTrainer):
 
         Args:
             model (`nn.Module`): the model, as Trainer has wrapped it.
-            inputs (`dict[str, torch.Tensor]`): of the pairs that this process has in the batch (with GradCache, those
-                of all chunks and micro-batches): `image_embeds`, `text_embeds` and, if the loss needs them,
-                `fused_embeds`, each of shape `(n, D)`, of unit norm, in float32 (or float64); `logit_scale`, the scalar
-                1/τ; `ids` and `caption_ids`, each of shape `(n,)`, unless `mask_equal_ids` or `mask_equal_captions` is
-                off. `embed_batch` makes them from a batch of the collator.
+            inputs (`dict[str, torch.Tensor]`): tensors for the pairs that this process has in the batch (with
+                GradCache, the pairs of all chunks and micro-batches): `image_embeds`, `text_embeds` and, if the loss
+                needs them, `fused_embeds`, each of shape `(n, D)`, of unit norm, in float32 (or float64);
+                `logit_scale`, the scalar 1/τ; `ids` and `caption_ids`, each of shape `(n,)`, unless `mask_equal_ids` or
+                `mask_equal_captions` is off. `embed_batch` makes them from a batch of the collator.
             return_outputs (`bool`): also return a [`GCLOutput`] with the embeddings and the scale.
             num_items_in_batch: not used.
 
