@@ -37,7 +37,7 @@ from universal_gcl.training.checks import (
     matryoshka_cuts,
     record_cuts,
 )
-from universal_gcl.training.chunks import most_tokens, widen_texts
+from universal_gcl.training.chunks import widen_texts
 from universal_gcl.training.data import BrokenImages
 from universal_gcl.training.distributed import BatchProcesses, RowShardedEncoder
 from universal_gcl.training.gradcache import GradCache
@@ -317,7 +317,8 @@ class GCLTrainer(ParameterTrainer):
         if args.grad_cache_chunk is not None:
             return
         few = self.data_collator([self.train_dataset[i] for i in range(min(8, num_pairs))])
-        inputs = widen_texts({n: v for n, v in few.items() if n not in LABELS}, most_tokens(self.processing_class))
+        longest = getattr(self.processing_class, "max_tokens", None) or 0
+        inputs = widen_texts({n: v for n, v in few.items() if n not in LABELS}, longest)
 
         def embed(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
             with self.accelerator.autocast():  # the model is not wrapped yet
