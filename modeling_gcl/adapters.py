@@ -11,13 +11,13 @@ from transformers.utils import cached_file
 
 class AdapterMixin(PeftAdapterMixin):
     """
-    Replaces `load_adapter` of a `PreTrainedModel`, which silently leaves a weight untrained if the adapter lacks it.
-    With transformers before 5.18 it also forgets the modules that were trained in full (temperature and gates).
+    Replaces `PreTrainedModel.load_adapter`, which does not report weights that the adapter lacks. Before transformers
+    5.18, that method also ignores the modules that were trained in full (temperature and gates).
     """
 
     def load_adapter(self, peft_model_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
         """
-        Load an adapter. Arguments and result are those of `PreTrainedModel.load_adapter`.
+        Load an adapter. The arguments and the result are those of `PreTrainedModel.load_adapter`.
 
         Raises:
             ValueError: the adapter lacks weights.

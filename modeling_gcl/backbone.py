@@ -152,7 +152,8 @@ def load_backbone(name: str | PathLike, text_pooling: str | None = None, **kwarg
         **kwargs: arguments of `AutoModel.from_pretrained`.
 
     Raises:
-        ValueError: it is not a dual encoder, or it lacks weights. (transformers would only warn, and draw them.)
+        ValueError: it is not a dual encoder, or it lacks weights. (transformers would only warn, and initialise them at
+            random.)
     """
     encoder, report = AutoModel.from_pretrained(name, output_loading_info=True, **kwargs)
     check_is_dual_encoder(encoder)
@@ -219,7 +220,7 @@ def pretrained_logit_scale(encoder: Any) -> float | None:
 def split_inputs(encoder: Any, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     Divide inputs between the towers: each goes to the tower whose feature method has a parameter of that name.
-    `output_hidden_states` and `output_attentions` go to both towers, and inputs that are None to neither.
+    `output_hidden_states` and `output_attentions` go to both towers. Inputs that are None go to neither.
 
     Returns:
         `tuple` of two `dict`: inputs of `get_image_features`, and of `get_text_features`.

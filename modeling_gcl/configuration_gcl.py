@@ -108,7 +108,7 @@ class GCLConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As `PreTrainedConfig.from_dict`, but a checkpoint of another architecture raises ValueError. (transformers
+        """Like `PreTrainedConfig.from_dict`, but a checkpoint of another architecture raises ValueError. (transformers
         only warns.)"""
         model_type = config_dict.get("model_type")
         if model_type not in (None, "", cls.model_type):

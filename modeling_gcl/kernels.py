@@ -126,16 +126,16 @@ class _Config(NamedTuple):
 
 
 def _sums_config(dtype, semantic):
-    """As for a matrix product: each of 256 threads holds 64 of 128×128 similarities, and three steps of D are in shared
-    memory. The tile is half as large if more has to be held: float32 operands, which are split in two to be multiplied,
-    or semantic cosines, which are a second tile."""
+    """The tile is that of a matrix product: each of 256 threads holds 64 of 128×128 similarities, and three steps of D
+    are in shared memory. The tile is half as large if more has to be held: float32 operands, which are split in two to
+    be multiplied, or semantic cosines, which are a second tile."""
     return _Config(128, 64 if semantic or dtype == torch.float32 else 128, _step(dtype))
 
 
 def _gradient_config(dim, factor_dtype, hopper):
-    """Of 255 registers, the accumulators take D/8 in each thread for 32 rows, or D/4 for 64 rows. The tile and the
-    operands need registers too, most of all wide parts of D, and float32 operands, which are split in two. With more
-    rows, the candidates are read less often, and Hopper's matrix instructions need 64. All configurations fit into the
+    """A thread has 255 registers. The accumulators take D/8 of them for 32 rows, or D/4 for 64 rows. The tile and the
+    operands need registers too, above all wide parts of D and float32 operands, which are split in two. With more rows,
+    the candidates are read less often, and Hopper's matrix instructions need 64 rows. All configurations fit into the
     shared memory of a consumer card."""
     widths = [width for width in (64, 128, 256) if _cdiv(dim, width) <= MAX_PARTS] or [256]
     width = min(widths, key=lambda width: _cdiv(dim, width) * width)

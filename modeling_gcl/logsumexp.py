@@ -4,7 +4,8 @@ Notable features:
 - Memory is O(N·D): the logits are computed tile by tile (`tiles`), or on NVIDIA GPUs by Triton kernels (`kernels`).
 - The exponents have a fixed shift instead of a running maximum. If it underflows, exact log-sum-exps are computed.
 - The gradient of the scale is computed from the gradient of the embeddings.
-- Matryoshka: embeddings cut to several dimensions take one pass, with the matrix products of one (not with kernels).
+- Matryoshka: K cuts of the embeddings take one pass, with as many matrix products as one cut. (The kernels take K
+  passes.)
 - With several processes, each sums over its own anchors, and the sums are gathered. Each process can then compute the
   gradient of its own rows; no gradient is communicated. With `half_ring`, the embeddings are not gathered either.
 """
@@ -69,7 +70,7 @@ class OneProcess:
 
 def working_dtypes(embeds: Sequence[torch.Tensor]) -> tuple[torch.dtype, torch.dtype]:
     """
-    The precision that losses of these embeddings are computed in.
+    The precision in which losses of these embeddings are computed.
 
     Returns:
         `tuple[torch.dtype, torch.dtype]`: the dtype of the embeddings, and that of logits and sums. If any embedding is
@@ -287,7 +288,7 @@ def _to_gradients(grads, embeds, dims, scale, from_cosines):
 
 def _fixed_shift(scale, num_pairs, dtype):
     """The smallest c ≥ 0 for which N terms exp(s·cosine − c) cannot overflow, which leaves most room for small cosines.
-    (With semantic factors, which reach 2, they can; `_all_safe` finds that.)"""
+    (With semantic factors, which reach 2, they can overflow; `_all_safe` detects that.)"""
     return max(0.0, scale - (math.log(torch.finfo(dtype).max) - 2 - math.log(num_pairs)))
 
 

@@ -135,7 +135,7 @@ def contrastive_loss(
     Plain contrastive loss (CL), CLIP's symmetric loss: the mean of the cross-entropies of i→t and t→i, each over the
     target modality. It is at least 0.
 
-    Arguments, result and errors as for [`gcl_loss`].
+    The arguments, the result and the errors are as for [`gcl_loss`].
     """
     batch = _Batch(
         (image_embeds, text_embeds), logit_scale, ids, caption_ids, processes=processes,
@@ -339,7 +339,8 @@ def _check_shapes(embeds, labels):
 
 
 def _check_values(embeds, scale):
-    """Check all values by the rows' norms, in which NaN and infinity show, with one transfer from the device."""
+    """Check all values by the norms of the rows, which show NaN and infinity too. This needs only one transfer from the
+    device."""
     norms = {name: _norms(x) for name, x in embeds.items()}
     worst = torch.stack([*((x - 1).abs().amax() for x in norms.values()), scale.detach()])
     *deviations, scale = worst.tolist()

@@ -122,7 +122,8 @@ class GCLModel(FromEncoderMixin, EncodingMixin, GCLPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As `PreTrainedModel.from_pretrained`, which trains all parameters, also those that `__init__` has frozen."""
+        """Like `PreTrainedModel.from_pretrained`, which makes all parameters trainable. Those that `__init__` freezes
+        are frozen again."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         freeze_unused_parameters(model.encoder, model.config.text_pooling)
@@ -157,16 +158,17 @@ class GCLModel(FromEncoderMixin, EncodingMixin, GCLPreTrainedModel):
         self.text_model.set_input_embeddings(value)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """As `PreTrainedModel.set_attn_implementation`, but it may be called again. (Up to transformers 5.17, the
-        configurations of models inside the backbone keep the mark that excludes them from a second change.)"""
+        """Like `PreTrainedModel.set_attn_implementation`, but it may be called again. (Up to transformers 5.17, the
+        configurations of models inside the backbone keep a mark that excludes them from a second change.)"""
         super().set_attn_implementation(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, PreTrainedModel):
                 vars(module.config).pop("_attn_was_changed", None)
 
     def train(self, mode: bool = True) -> Self:
-        """As `nn.Module.train`, except that frozen parts stay in eval mode: towers and projections without a trainable
-        parameter (no dropout), and batch norms whose weights are frozen, as they are under LoRA (fixed statistics)."""
+        """Like `nn.Module.train`, except that frozen parts stay in eval mode: towers and projections without a
+        trainable parameter (no dropout), and batch norms whose weights are frozen, as they are under LoRA (fixed
+        statistics)."""
         super().train(mode)
         for part in self.encoder.children():
             if not any(parameter.requires_grad for parameter in part.parameters()):
@@ -234,8 +236,8 @@ class GCLModel(FromEncoderMixin, EncodingMixin, GCLPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling:
         r"""
-        Features of N images fused with N texts, not yet normalised. Arguments as for `get_image_features` and
-        `get_text_features`; hidden states and attentions are in the outputs of these two.
+        Features of N images fused with N texts, not yet normalised. The arguments are those of `get_image_features` and
+        `get_text_features`. Only the outputs of these two contain hidden states and attentions.
 
         Returns:
             `BaseModelOutputWithPooling`: `pooler_output` has the features, of shape `(N, D)`.
@@ -302,7 +304,7 @@ class GCLModel(FromEncoderMixin, EncodingMixin, GCLPreTrainedModel):
         )
 
     def tower_features(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Raw features of both towers, as `{"image": (N, D), "text": (N, D)}`. Inputs as for `forward`."""
+        """Raw features of both towers, as `{"image": (N, D), "text": (N, D)}`. The inputs are those of `forward`."""
         image_inputs, text_inputs = self._split_inputs(inputs)
         image, text = self._image_output(image_inputs), self._text_output(text_inputs)
         return {"image": image.pooler_output, "text": text.pooler_output}
@@ -335,7 +337,8 @@ class GCLModel(FromEncoderMixin, EncodingMixin, GCLPreTrainedModel):
         return features, towers
 
     def _split_inputs(self, inputs):
-        """Inputs of the image tower and of the text tower, with the options that the configuration sets."""
+        """Divide the inputs between the image tower and the text tower, and add the options that the configuration
+        sets."""
         options = {option: True for option in OUTPUT_OPTIONS if getattr(self.config, option, False)}
         return split_inputs(self.encoder, options | {name: x for name, x in inputs.items() if x is not None})
 

@@ -1,4 +1,4 @@
-"""The backbones that are not part of transformers. A new one is a module and an entry here.
+"""The backbones that are not part of transformers. To add one, write its module and add an entry here.
 
 Each is a `PreTrainedModel` with a `config_class`, `vision_model`, `text_model`, `get_image_features` and
 `get_text_features`. With `get_fused_features` it fuses image and text itself (`fusion="native"`); with

@@ -37,6 +37,12 @@ class GCLProcessor(ProcessorMixin):
         self.max_text_length = max_text_length
         super().__init__(image_processor, tokenizer, **kwargs)
 
+    @property
+    def max_tokens(self) -> int | None:
+        """Number of tokens to which texts are cut; None if there is no limit."""
+        limit = self.max_text_length or self.tokenizer.model_max_length
+        return limit if limit < 1_000_000 else None  # tokenizers without a limit state 10^30
+
     @classmethod
     def from_encoder(
         cls, encoder: str | PathLike, *, revision: str | None = None, max_text_length: int | None = None
@@ -69,8 +75,8 @@ class GCLProcessor(ProcessorMixin):
     def __call__(self, images: Any = None, text: str | list[str] | None = None, **kwargs: Any) -> BatchFeature:
         r"""
         Args:
-            images (`list` of PIL images, *optional*): turned upright by their EXIF orientation and converted to RGB, as
-                in `GCLModel.encode`.
+            images (`list` of PIL images, *optional*): they are turned upright by their EXIF orientation and converted
+                to RGB, as in `GCLModel.encode`.
             text (`str` or `list[str]`, *optional*).
             **kwargs: arguments of transformers' processors. Padding and truncation default to this checkpoint's.
 
@@ -79,10 +85,9 @@ class GCLProcessor(ProcessorMixin):
         """
         if images is not None:
             images = upright(images)
-        limit = self.max_text_length or self.tokenizer.model_max_length
         defaults = {"padding": self.text_padding, "truncation": True}
-        if limit < 1_000_000:  # tokenizers without a limit state 10^30
-            defaults["max_length"] = limit
+        if self.max_tokens is not None:
+            defaults["max_length"] = self.max_tokens
         given = kwargs.pop("text_kwargs", {})
         text_kwargs = {name: kwargs.pop(name, value) for name, value in defaults.items()} | given
         return super().__call__(images=images, text=text, text_kwargs=text_kwargs, **kwargs)

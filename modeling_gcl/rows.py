@@ -118,8 +118,8 @@ def load_images(row: Row, num_frames: int) -> Iterator[Image.Image]:
         RGB PIL images.
 
     Raises:
-        ImageError: as `load_image`. If there are several images, the message says which one.
-        VideoError: as `load_video_frames`.
+        ImageError: see `load_image`. If there are several images, the message says which one.
+        VideoError: see `load_video_frames`.
     """
     if isinstance(row.video, (str, PurePath)):
         yield from load_video_frames(row.video, num_frames)

@@ -23,7 +23,7 @@ DIAGONAL_PARTS = 4  # tiles on the diagonal are divided again to use their symme
 
 class Pairs(NamedTuple):
     """
-    What is needed of n pairs to compute their similarities.
+    The tensors of n pairs from which their similarities are computed.
 
     Args:
         embeds (sequence of M `torch.Tensor` of shape `(n, D)`): one for each modality.
@@ -44,12 +44,12 @@ class Pairs(NamedTuple):
 
     @property
     def layout(self) -> tuple[int, int, Sequence[int] | None]:
-        """(M, number of labels, dims), which `from_tensors` needs besides `tensors()`."""
+        """(M, number of labels, dims), which `from_tensors` needs in addition to `tensors()`."""
         return len(self.embeds), len(self.labels), self.dims
 
     @classmethod
     def from_tensors(cls, tensors: Iterable[torch.Tensor], layout: tuple[int, int, Sequence[int] | None]) -> "Pairs":
-        """Pairs from the `tensors()` and `layout` of others."""
+        """Make pairs from the `tensors()` and the `layout` of another object."""
         (m, num_labels, dims), tensors = layout, tuple(tensors)
         semantic = tensors[m + num_labels :]
         return cls(tensors[:m], tensors[m : m + num_labels], semantic[0] if semantic else None, dims)
@@ -147,7 +147,7 @@ def add_sums(
 
 
 def add_logsumexps(panel: Panel, scale: float, row_logs: torch.Tensor, col_logs: torch.Tensor | None) -> None:
-    """As `add_sums`, for rows of any norm: log-sum-exps are added in log space, which takes twice as many exps."""
+    """Like `add_sums`, for rows of any norm: log-sum-exps are added in log space, which takes twice as many exps."""
     tiles = _Tiles(panel)
     for a, rows, m, cols in tiles:
         own_transpose = tiles.is_own_transpose(a, rows, m, cols)
@@ -204,7 +204,7 @@ def add_weighted_by_logs(
     col_grads: Sequence[torch.Tensor | None] | None,
     bf16: bool,
 ) -> None:
-    """As `add_weighted`, from log-sum-exps (see `add_logsumexps`) and incoming gradients, with twice as many exps."""
+    """Like `add_weighted`, from log-sum-exps (see `add_logsumexps`) and incoming gradients, with twice as many exps."""
 
     def weigh(tile, fresh, weights, k, a, rows, m, cols):
         torch.sub(tile, row_logs[k, a, m, rows, None], out=weights).exp_().mul_(row_incoming[k, a, m, rows, None])

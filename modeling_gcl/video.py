@@ -51,7 +51,7 @@ def load_video_frames(path: str | PathLike, num_frames: int = 15) -> list[Image.
 
 def middle_frame(path: str | PathLike) -> Image.Image:
     """
-    The frame with index `total // 2` of a video, which CoVR uses as the query image. Errors as for
+    The frame with index `total // 2` of a video, which CoVR uses as the query image. The errors are those of
     `load_video_frames`.
 
     Reference: `get_middle_frame` in src/data/utils.py of CoVR.

@@ -85,7 +85,7 @@ class VistaModel(PreTrainedModel):
         output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         r"""
-        Features of N images: as `get_fused_features` with the empty text.
+        Features of N images: the same as `get_fused_features` with the empty text.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(N, C, H, W)`, *optional*).

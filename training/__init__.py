@@ -1,1 +1,1 @@
-"""Training: arguments, recipe, data, trainer. Nothing is imported here: each caller pays for what it uses."""
+"""Training: arguments, recipe, data, trainer. This file imports nothing, so a caller only imports what it uses."""

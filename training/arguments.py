@@ -49,7 +49,7 @@ class ModelArguments:
             Licence of the trained weights, for the model card. Use the Hub's spelling: `apache-2.0`, `cc-by-sa-4.0`.
 
     Raises:
-        ValueError: naming the field, its value and what is allowed.
+        ValueError: a value is not allowed. The message names the field, the value and what is allowed.
     """
 
     encoder: str
@@ -113,7 +113,7 @@ class DataArguments:
             Languages of the captions, for the model card, as ISO 639 codes: `[en]`.
 
     Raises:
-        ValueError: naming the field, its value and what is allowed.
+        ValueError: a value is not allowed. The message names the field, the value and what is allowed.
     """
 
     train: list[SourceArguments]
@@ -170,7 +170,8 @@ class LoraArguments:
             Weight-decomposed adapters (DoRA, arXiv 2402.09353), which learn magnitude and direction separately. Slower.
         load_in_4bit (`bool`, *optional*, defaults to `False`):
             Keep the frozen weights in 4 bits (NF4) during training and compute in bfloat16 (QLoRA, arXiv 2305.14314).
-            This needs one GPU and bitsandbytes. The adapter is saved, and the float32 base with the adapter merged.
+            This needs one GPU and bitsandbytes. Two things are saved: the adapter, and a float32 model in which it is
+            merged with the base.
         image_targets, text_targets (`str`, *optional*):
             Regular expression that chooses the layers of a tower and its projection that get an adapter. It may match
             any part of a layer's name: `q_proj|v_proj`, `layers\\.(10|11)\\.`. Linear layers and convolutions can
@@ -178,7 +179,7 @@ class LoraArguments:
             freezes gets none. Temperature and learned gates are trained directly, unless they are frozen.
 
     Raises:
-        ValueError: naming the field, its value and what is allowed.
+        ValueError: a value is not allowed. The message names the field, the value and what is allowed.
     """
 
     r: int = 16

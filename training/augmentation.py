@@ -15,16 +15,16 @@ def augment(
     crop_scale: Sequence[float] | None,
     horizontal_flip: bool,
 ) -> Image.Image | torch.Tensor:
-    """A random crop of an image, mirrored half of the time if asked; the crop is drawn as RandomResizedCrop does.
+    """Crop an image at random, as RandomResizedCrop does, and mirror half of the images if asked to.
 
-    The aspect ratio is drawn log-uniformly, relative to the image's own and among those that fit, so no draw is
+    The aspect ratio is relative to the image's own. It is drawn log-uniformly among the ratios that fit, so no draw is
     rejected.
 
     Args:
         image: PIL image of any size and mode, or a tensor (H, W, C). The crop of a tensor is a view without a copy.
             Both forms give the same pixels.
-        rng: every draw comes from it. Five numbers are drawn in any case, so that one switch doesn't change the draws
-            of the other.
+        rng: the generator of all random numbers. Each call draws five numbers, whether they are needed or not. So the
+            crops don't change if flipping is switched on or off, and vice versa.
         crop_scale: smallest and largest share of the area; None for no crop.
         horizontal_flip: mirror with probability 1/2.
     """

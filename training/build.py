@@ -32,12 +32,12 @@ def build_run(recipe: Recipe, write_base: BaseWriter) -> TrainingRun:
     Model, data and trainer of a recipe.
 
     Args:
-        recipe: as parsed; its training arguments go to the trainer.
+        recipe: the parsed recipe. Its training arguments go to the trainer.
         write_base: `write_base(folder, model, processor)` saves the model that an adapter will name as its base. It is
-            called on the first process, and only where no such checkpoint exists.
+            called on the first process, and only if there is no such checkpoint yet.
 
     Raises:
-        ValueError, OSError: a model or data that cannot be used; the message says what to do.
+        ValueError, OSError: the model or the data can't be used. The message says what to do.
     """
     arguments, data = recipe.training, recipe.data
     set_seed(arguments.seed)
@@ -73,8 +73,8 @@ def build_model(arguments: ModelArguments, max_text_length: int | None) -> tuple
         max_text_length: where the processor cuts texts, in tokens; None leaves the encoder's own limit.
 
     Raises:
-        OSError: the encoder is neither a folder nor a model that the Hub gives out.
-        ValueError: it can't be trained as the section says.
+        OSError: the encoder is neither a folder nor a model that can be downloaded from the Hub.
+        ValueError: the encoder can't be trained as the section says.
     """
     overrides: dict[str, Any] = {
         "fusion": arguments.fusion,
@@ -109,8 +109,8 @@ def build_model(arguments: ModelArguments, max_text_length: int | None) -> tuple
 def adapter_base(recipe: Recipe, model: GCLModel, processor: GCLProcessor, write_base: BaseWriter) -> str:
     """The checkpoint that the adapters will name as their base, a folder or a Hub id.
 
-    It is the recipe's encoder, if that is a GCL checkpoint which the recipe leaves as it is. Otherwise the model as it
-    is now is saved to `<output_dir>/base`.
+    If the recipe's encoder is a GCL checkpoint and the recipe does not change it, it is the base. Otherwise the present
+    model is saved to `<output_dir>/base`.
     """
     encoder, out = Path(recipe.model.encoder), Path(str(recipe.training.output_dir)).absolute()
     # the folder that this run writes to will hold other weights in the end
@@ -125,8 +125,7 @@ def adapter_base(recipe: Recipe, model: GCLModel, processor: GCLProcessor, write
 def is_unchanged(arguments: ModelArguments) -> bool:
     """Whether a recipe's `model:` section means a GCL checkpoint exactly as it is stored.
 
-    A pinned revision counts as a change: AutoModel loads the base of an adapter at its newest commit, whatever the
-    adapter says.
+    A pinned revision counts as a change, because AutoModel always loads the newest commit of an adapter's base.
     """
     if arguments.revision is not None:
         return False
@@ -137,12 +136,12 @@ def is_unchanged(arguments: ModelArguments) -> bool:
 
 
 def read_eval_pairs(data: DataArguments) -> tuple[list[dict] | None, ReadSource | None]:
-    """The evaluation pairs and their source; None and None where the recipe names none.
+    """The evaluation pairs and their source, or None and None if the recipe names no evaluation data.
 
-    Every image is decoded once, so that a broken one stops the run now and not after hours of training.
+    Every image is decoded once here. So a broken image stops the run now and not after hours of training.
 
     Raises:
-        DataError, ImageError: naming the source, the pair and what is wrong.
+        DataError, ImageError: the pairs can't be used. The message names the source, the pair and what is wrong.
     """
     if data.eval is None:
         return None, None

@@ -23,14 +23,14 @@ class DataEpochCallback(TrainerCallback):
 
 
 class BatchSizeCallback(TrainerCallback, ExportableState):
-    """Saves the number of pairs per step in checkpoints. Refuses to resume with another number, or when no step is
+    """Saves the number of pairs per step in checkpoints. Refuses to resume with another number, or if no step is
     left."""
 
     def __init__(self, pairs_per_step: int) -> None:
         self.pairs_per_step = pairs_per_step
 
     def state(self) -> dict[str, dict]:
-        """What a checkpoint's `trainer_state.json` holds of this callback."""
+        """What this callback stores in the `trainer_state.json` of a checkpoint."""
         return {"args": {"pairs_per_step": self.pairs_per_step}, "attributes": {}}
 
     def on_train_begin(
@@ -40,7 +40,7 @@ class BatchSizeCallback(TrainerCallback, ExportableState):
         saved = callbacks.get(type(self).__name__, self.state())["args"]["pairs_per_step"]
         if saved != self.pairs_per_step:
             raise ValueError(
-                f"the checkpoint was trained with {saved} pairs a step, it can't be resumed with {self.pairs_per_step}:"
+                f"the checkpoint was trained with {saved} pairs a step and can't be resumed with {self.pairs_per_step}:"
                 " use the same batch size, or start a new run from the checkpoint's weights (as model.encoder)"
             )
         if state.global_step >= state.max_steps:
@@ -66,7 +66,8 @@ class LogitScaleCallback(TrainerCallback):
 
 
 class BrokenImagesCallback(TrainerCallback):
-    """Counts the unreadable images over all processes when an epoch ends; each process meets only its own share."""
+    """Counts the unreadable images of all processes when an epoch ends, because each process only reads its own
+    share."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer

@@ -1,4 +1,4 @@
-"""Checks what a recipe asks of model, data and loss together, before training starts."""
+"""Checks that the model, the data and the loss of a recipe fit together, before training starts."""
 
 import logging
 from typing import Any
@@ -32,7 +32,7 @@ def check_fusion(model: Any, loss_name: str, modalities: tuple[str, ...]) -> Non
 
 
 def check_grad_cache(arguments: GCLTrainingArguments, model: nn.Module, deepspeed: bool) -> None:
-    """Raise ValueError if GradCache is asked for where it can't work; warn about trained batch norms."""
+    """Raise ValueError if a recipe asks for GradCache where it can't work. Warn about trained batch norms."""
     if arguments.grad_cache_chunk is None and arguments.effective_batch_size is None:
         return
     if deepspeed:
@@ -70,7 +70,7 @@ def matryoshka_cuts(arguments: GCLTrainingArguments, projection_dim: int) -> lis
 
 
 def record_cuts(config: Any, cuts: list[int] | None) -> None:
-    """Write the dimensions of `matryoshka_cuts` into a model's configuration; warn if those it names are given up."""
+    """Write the dimensions of `matryoshka_cuts` into a model's configuration. Warn if this removes earlier ones."""
     if config.matryoshka_dims and cuts is None:
         logger.warning(
             f"The model was trained to be cut to {config.matryoshka_dims} dimensions. This training only uses the full "

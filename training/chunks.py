@@ -1,7 +1,6 @@
 """Splits a batch into chunks of few pairs, with texts of similar length and no padding that a chunk can do without."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -84,10 +83,3 @@ def widen_texts(inputs: dict[str, torch.Tensor], num_tokens: int) -> dict[str, t
         missing = num_tokens - values.shape[1] if name in TEXT_INPUTS else 0
         widened[name] = torch.cat([values, values[:, -1:].expand(-1, missing)], 1) if missing > 0 else values
     return widened
-
-
-def most_tokens(processor: Any) -> int:
-    """The most tokens that a text of this processor may have; 0 if that is not known."""
-    tokenizer = getattr(processor, "tokenizer", None)
-    limit: Any = getattr(processor, "max_text_length", None) or getattr(tokenizer, "model_max_length", 0)
-    return limit if limit < 1_000_000 else 0  # tokenizers without a limit state 10^30

@@ -16,12 +16,12 @@ FIGURES = (  # label, section and key of a nine-way result
 
 def closing(record: RunRecord, folder: Path, seconds: float) -> str:
     """
-    About ten lines.
+    The last lines that a run prints, about ten.
 
     Args:
-        record: of the run.
-        folder: holds the model, its card and all results.
-        seconds: of the whole command.
+        record: the record of the run.
+        folder: the folder with the model, its card and all results.
+        seconds: how long the whole command took.
     """
     steps = max((entry.get("step", 0) for entry in record.log_history), default=0)
     pairs = sum(source.report.pairs for source in record.train_data)

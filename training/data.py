@@ -36,7 +36,7 @@ class PairDataset(torch.utils.data.Dataset):
     or not at all.
 
     Args:
-        sources: each a `datasets.Dataset` or sequence of {"id", "image", "captions"}.
+        sources: each is a `datasets.Dataset` or a sequence of {"id", "image", "captions"}.
         names: names of the sources in messages.
         weights: shares of the sources, relative to each other. If given, `mixing_alpha` is not used.
         mixing_alpha: makes the shares proportional to size^alpha.
@@ -187,9 +187,9 @@ class PairCollator:
     Args:
         processor: a `GCLProcessor`, which knows its checkpoint's padding and where captions are cut.
         preprocessing: the one that the data set was given.
-        normalize: True makes `pixel_values` float32, ready for the model. False leaves them uint8, a quarter of the
-            bytes; the model then needs `TensorPreprocessing.normalize_input` as a forward pre-hook. False needs
-            `preprocessing`.
+        normalize: True makes `pixel_values` float32, ready for the model. False leaves them in uint8, which takes a
+            quarter of the bytes. The model then needs `TensorPreprocessing.normalize_input` as a forward pre-hook.
+            False needs `preprocessing`.
 
     Returns (when called on N items):
         The output of the processor (`pixel_values` (N, C, H, W), `input_ids` and `attention_mask` (N, L), ...); `ids`
@@ -248,7 +248,7 @@ class BrokenImages:
         Count and order (sorted) are then the same on every rank.
 
         Raises:
-            DataError: there are too many now, see `check`; on every rank.
+            DataError: there are too many now, see `check`. Every rank raises it.
         """
         self._names = dict.fromkeys(sorted({*self._names, *names}))
         self.check()

@@ -17,7 +17,7 @@ except ImportError:  # optional: the extra `fast`
 
 
 def decoder_name() -> str:
-    """What decodes JPEG files here, for logs and records."""
+    """The name of the library that decodes JPEG files here, for logs and records."""
     return "PIL" if simplejpeg is None else f"simplejpeg {simplejpeg.__version__}"
 
 
@@ -29,13 +29,13 @@ def decode_rgb(value: Any) -> torch.Tensor:
     damaged files.
 
     Args:
-        value: whatever `load_image` takes.
+        value: anything that `load_image` takes.
 
     Returns:
         (H, W, 3) uint8.
 
     Raises:
-        ImageError: as `load_image`; the message names the file and what is wrong with it.
+        ImageError: see `load_image`. The message names the file and what is wrong with it.
     """
     if simplejpeg is not None:
         try:

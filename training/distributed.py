@@ -76,7 +76,7 @@ class BatchProcesses:
 
         Args:
             num_rows (`int`): rows on this process.
-            settings (`dict`): values that must have the same `repr` on all processes; None with an error.
+            settings (`dict`): values that must have the same `repr` on all processes; None if there is an error.
             error (`Exception`, *optional*): what is wrong on this process. All processes raise it; its class must take
                 one message.
 

@@ -9,8 +9,8 @@ Notable features:
 - the gradient is that of the whole batch: the chunk size changes it by rounding only;
 - a batch of one chunk is embedded once, so the plain step is the same code;
 - dropout is replayed bit by bit; the scale is a leaf like the embeddings; outputs without a gradient are skipped;
-- parameters that the loss itself depends on (a learned bias, regularised weights) get their gradient too, and one that
-  nothing trains is an error;
+- parameters that the loss itself depends on (a learned bias, regularised weights) get their gradient too; if nothing
+  trains such a parameter, that is an error;
 - if memory runs out once, all processes halve the chunk size and repeat the batch.
 """
 
@@ -77,8 +77,8 @@ class GradCache:
 
     def step(self, model: nn.Module, micro_batches: Sequence[tuple[dict, dict]]) -> tuple[torch.Tensor, Any]:
         """
-        Add the gradient of one contrastive batch to the parameters' gradients. With a chunk size these must be empty
-        before.
+        Add the gradient of one contrastive batch to the parameters' gradients. With a chunk size, there must be no
+        gradients yet.
 
         Args:
             model: what `embed` calls.
@@ -91,7 +91,8 @@ class GradCache:
         Raises:
             ValueError: the processes hold different numbers of chunks, or the loss depends on a parameter that can't be
                 trained.
-            MemoryError: memory ran out for the second time, or where the processes can't repeat the step together.
+            MemoryError: memory ran out for the second time, or at a point from which the processes can't repeat the
+                step together.
         """
         start = RandomState(self.device)
         try:
@@ -197,7 +198,8 @@ class GradCache:
         return loss.detach(), terms, list(zip(*columns)), list(zip(parameters, found))
 
     def _parameters(self, model: nn.Module, loss: torch.Tensor, leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-        """What the loss was computed from, besides its leaves: parameters of the model and of the loss itself."""
+        """What the loss was computed from, in addition to its leaves: parameters of the model and of the loss
+        itself."""
         cached = {id(leaf) for leaf in leaves}
         reached = [tensor for tensor in graph_leaves(loss) if id(tensor) not in cached]
         if not reached:

@@ -26,7 +26,7 @@ def add_lora(model: Any, arguments: LoraArguments, base: str) -> Any:
     Args:
         model (`GCLModel`): changed in place, except in 4 bits: then it is loaded again, from `base`. Layers that are
             already frozen get no adapter.
-        arguments (`LoraArguments`): the recipe's.
+        arguments (`LoraArguments`): the `peft:` section of the recipe.
         base (`str`): folder or Hub id of a GCL checkpoint with the weights of this model; the adapter will name it.
 
     Returns:
@@ -65,7 +65,7 @@ def add_lora(model: Any, arguments: LoraArguments, base: str) -> Any:
 
 
 def _load_in_4bit(base: str) -> GCLModel:
-    # the gates are not quantised: they are trained as they are
+    # the gates are not quantised, because they are trained directly
     settings: dict[str, Any] = {
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_use_double_quant": True,

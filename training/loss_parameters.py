@@ -24,7 +24,7 @@ class LossParameters:
     Args:
         loss: the loss; an `nn.Module` may have parameters and buffers, anything else has none. It is moved to the
             accelerator's device.
-        accelerator (`accelerate.Accelerator`): of this process.
+        accelerator (`accelerate.Accelerator`): the accelerator of this process.
 
     Raises:
         ValueError: the loss has trained parameters, but FSDP2 or DeepSpeed shard the work.
@@ -58,7 +58,7 @@ class LossParameters:
                 dist.broadcast(tensor.data, src=0)
 
     def clear_gradients(self) -> None:
-        """Before an optimiser step."""
+        """Remove the gradients. Call it before the first backward pass of an optimiser step."""
         for parameter in self.trained:
             parameter.grad = None
 
@@ -66,7 +66,7 @@ class LossParameters:
         """Average the gradients over the processes, as DistributedDataParallel does for the model's. Every process must
         call it, after the last backward pass of an optimiser step. Parameters without a gradient get zeros."""
         for parameter in self.trained:
-            if parameter.grad is None:  # maybe not on the other processes, which wait for this one
+            if parameter.grad is None:  # other processes may have one, and wait for this process
                 parameter.grad = torch.zeros_like(parameter)
             if world_size() > 1:
                 dist.all_reduce(parameter.grad)

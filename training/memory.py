@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from universal_gcl.training.random_state import RandomState
 
-# of the available memory; the rest is left for the inner workings of operators, for fragmentation and the loss's tiles
+# Share of the available memory. The rest is left for memory inside operators, for fragmentation and the loss's tiles.
 USABLE_SHARE = 0.8
-LARGEST_CHUNK = 4096  # larger ones are no faster
+LARGEST_CHUNK = 4096  # larger chunks are no faster
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -176,8 +176,8 @@ def fixed_memory(
 
 
 def chunk_that_fits(budget: float, fixed: float, per_pair: float) -> int:
-    """The largest power of two of pairs that fits: `per_pair` bytes each, `budget` bytes in all, of which `fixed` are
-    taken. 0 if no pair fits; at most `LARGEST_CHUNK`."""
+    """The largest number of pairs that fits, a power of two and at most `LARGEST_CHUNK`; 0 if no pair fits. A pair
+    takes `per_pair` bytes, and `fixed` of the `budget` bytes are already taken."""
     pairs = int((budget - fixed) / per_pair) if budget > fixed else 0
     return min(LARGEST_CHUNK, 1 << (pairs.bit_length() - 1)) if pairs else 0
 
@@ -191,7 +191,7 @@ def fit_chunk(
     exchange: Callable[[int], list[int]],
 ) -> int:
     """
-    The largest power of two of pairs that can be embedded at a time on every process.
+    The largest number of pairs, a power of two, that every process can embed at a time.
 
     Args:
         embed (`Callable`), exchange (`Callable`): see `GradCache`.

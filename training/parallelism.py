@@ -21,12 +21,13 @@ def check_parallelism(arguments: GCLTrainingArguments, accelerator: Accelerator,
     Refuse kinds of parallelism that would train wrongly or hang, or that are not tested.
 
     Args:
-        arguments (`GCLTrainingArguments`): this process's.
-        accelerator (`accelerate.Accelerator`): this process's.
+        arguments (`GCLTrainingArguments`): the arguments of this process.
+        accelerator (`accelerate.Accelerator`): the accelerator of this process.
         model (`nn.Module`): not yet moved or wrapped.
 
     Raises:
-        ValueError: naming the setting and the remedy; the same on every rank.
+        ValueError: the parallelism is refused. The message names the setting and the remedy. Every rank raises the
+            same.
     """
     if arguments.n_gpu > 1:
         raise ValueError(
@@ -34,7 +35,7 @@ def check_parallelism(arguments: GCLTrainingArguments, accelerator: Accelerator,
             f"accelerate launch --num_processes {arguments.n_gpu} train.py ... (or set CUDA_VISIBLE_DEVICES=0)"
         )
     launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched > 1 and arguments.world_size == 1:  # what accelerate makes of processes that find no GPU
+    if launched > 1 and arguments.world_size == 1:  # accelerate does this if it finds no GPU
         raise ValueError(
             f"{launched} processes were launched, but each would train alone: there is no GPU here. Add --use_cpu"
         )
@@ -97,7 +98,7 @@ def _check_fsdp(plugin: Any, mixed_precision: str) -> None:
             isinstance(plugin.cpu_offload, CPUOffloadPolicy),
             "false; gradient_checkpointing saves memory too",
         ),
-        # it broadcasts the state as if no tensor in it were a buffer
+        # accelerate would broadcast the state as if no tensor in it were a buffer
         "fsdp_cpu_ram_efficient_loading": (plugin.cpu_ram_efficient_loading, "false"),
         "fsdp_state_dict_type": ("FULL" not in str(plugin.state_dict_type), "FULL_STATE_DICT, to save whole models"),
         "fp16": (mixed_precision == "fp16", "false, and bf16: true"),

@@ -1,7 +1,7 @@
 """Whether bfloat16 is slow on this CPU.
 
 A processor without AVX512-BF16 or AMX emulates bfloat16, and training in it can take ten times as long as in float32.
-Training warns of that and goes on as the recipe says: see docs/decisions.md.
+Training warns about that and goes on as the recipe says; see docs/decisions.md.
 """
 
 import logging

@@ -16,7 +16,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 
 class StepLines(TrainerCallback):
-    """Prints a line for each log entry, in the place of Trainer's dictionaries."""
+    """Prints a line for each log entry, instead of Trainer's dictionaries."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None

@@ -4,7 +4,7 @@ Options of the command line override it:
 
     recipe = parse_recipe(["hub_configs/quickstart.yaml", "--learning_rate", "1e-5", "--data.eval.limit", "100"])
     recipe.model, recipe.data, recipe.training   # dataclasses
-    recipe.to_yaml()                             # what was set, overrides included, to be saved beside the weights
+    recipe.to_yaml()                             # all that was set, with the overrides; saved next to the weights
 
 A key is written in full (`--training.seed 3`, `--data.train.0.limit 100`) or without its section, if only one section
 has it (`--seed 3`). Values are YAML: `--freeze "[text, logit_scale]"`. Text and the paths of sources are taken as they

@@ -94,8 +94,8 @@ def _record_lines(node, keys: tuple, lines: dict, name: str):
 def convert(value: Any, hint: Any, keys: tuple, where: Callable[[tuple], str], check_keys: Callable[..., None]) -> Any:
     """Convert a value to plain data of the declared type.
 
-    Where a number is declared, text of a number is accepted too; where a list is declared, one item; where a data
-    source is declared, its path. A dataclass becomes a dict of the keys that were set.
+    Three shorthands are accepted: a text that is a number for a number, a single item for a list, and a path for a data
+    source. A dataclass becomes a dict of the keys that were set.
 
     Args:
         value: as read from YAML.

@@ -27,10 +27,10 @@ class TrainingRun:
     A run that is ready to start: `train` it, then ask for its `record`.
 
     Args:
-        recipe: as parsed.
-        trainer: with model and data.
-        train_data: the training sources, as read.
-        eval_data: the evaluation pairs, as read; None without any.
+        recipe: the parsed recipe.
+        trainer: the trainer, which has the model and the data.
+        train_data: the training sources and what was read from them.
+        eval_data: the source of the evaluation pairs and what was read from it; None if there are no evaluation pairs.
         training_images: what preprocesses the training images, in words.
 
     Attributes:
@@ -58,7 +58,7 @@ class TrainingRun:
 
     @property
     def model(self) -> GCLModel:
-        """The model as it is now; with LoRA `peft.PeftModel` before saving, which has the same attributes."""
+        """The present model. With LoRA it is a `peft.PeftModel`, which has the same attributes, until it is saved."""
         return cast(GCLModel, self.trainer.model)
 
     @property
@@ -68,7 +68,7 @@ class TrainingRun:
 
     @property
     def eval_pairs(self) -> Sequence[dict] | None:
-        """The evaluation pairs, None without any."""
+        """The evaluation pairs; None if there are none."""
         return cast("Sequence[dict] | None", self.trainer.eval_dataset)
 
     def opening(self) -> str:
@@ -89,11 +89,11 @@ class TrainingRun:
         Evaluate, train, save and evaluate again.
 
         Args:
-            save: writes the trained model to disk and returns the model that it saved, with LoRA the merged one. Every
-                process calls it right after training, before anything else can fail.
+            save: writes the trained model to disk and returns the model that it saved (with LoRA, the merged one).
+                Every process calls it right after training, before anything else can fail.
 
         Raises:
-            ValueError, OSError, FloatingPointError, MemoryError: as the trainer says.
+            ValueError, OSError, FloatingPointError, MemoryError: see `GCLTrainer`.
         """
         trainer, arguments = self.trainer, self.recipe.training
         evaluates = self.eval_pairs is not None
@@ -107,7 +107,7 @@ class TrainingRun:
         self.after = self._evaluate() if evaluates else None
 
     def record(self, command: str, environment: dict[str, Any]) -> RunRecord:
-        """What the run leaves. To be called after `train`, on the first process.
+        """The record of the run. Call it after `train`, on the first process.
 
         Args:
             command: the command line, as it was typed.
@@ -155,7 +155,7 @@ class TrainingRun:
 
 
 def hyperparameters(recipe: Recipe) -> dict[str, Any]:
-    """Name → value of the hyper-parameters that are set; LoRA's carry the name of their section."""
+    """Name → value of the hyper-parameters that are set. The names of LoRA's begin with the name of their section."""
     own = [entry.name for entry in fields(recipe.training.make_loss())]
     settings = {name: getattr(recipe.training, name) for name in ("loss", *own, *HYPERPARAMETERS)}
     if recipe.peft is not None:

@@ -60,8 +60,8 @@ def layer_classes(model: Any) -> list[str]:
 
 
 def _average_gradient(parameter: Any) -> None:
-    """What FSDP2 does with the parameters that it shards. With accumulation it averages the sum so far, which gives the
-    same result in the end."""
+    """Average the gradient over the processes, as FSDP2 does for the parameters that it shards. With accumulation it
+    averages the sum so far, which gives the same result in the end."""
     dist.all_reduce(parameter.grad)
     parameter.grad /= world_size()
 
@@ -99,8 +99,9 @@ def _is_sharded(module: Any) -> bool:
 
 
 class SavedClassCallback(TrainerCallback):
-    """Gives the class that fully_shard makes for the model the name and module of the original class. Otherwise
-    `save_pretrained` would write the new class's name into the configuration and copy torch's file as its code."""
+    """fully_shard gives the model a new class. This callback gives that class the name and module of the original one.
+    Otherwise `save_pretrained` would write the new class's name into the configuration and copy torch's file as its
+    code."""
 
     def on_train_begin(
         self,

@@ -1,9 +1,9 @@
 """Recipes and data that are installed with the package, in `universal_gcl.hub_configs`.
 
 - `gcl train quickstart` finds a recipe by its name; `gcl train my/recipe.yaml` takes a path. A file that exists wins.
-- Relative paths in any recipe start from the working directory. Only a path under `hub_configs/` that does not exist
-  there is read from the installed package. So the quickstart's data is found everywhere, by the same recipe in a clone
-  and in an installation.
+- Relative paths in any recipe start from the working directory. There is one exception: a path under `hub_configs/`
+  that does not exist there is read from the installed package. So the same recipe finds the quickstart's data in a
+  clone and in an installation.
 """
 
 import difflib
@@ -49,7 +49,8 @@ def find_recipe(name: str) -> Path:
 
 
 def find_data(path: str) -> str:
-    """A path of a recipe, as it is or, for one under `hub_configs/` that does not exist, in the installed package."""
+    """Resolve a path of a recipe. A path under `hub_configs/` that does not exist is looked up in the installed
+    package."""
     parts = PurePosixPath(path).parts
     if parts[:1] != (FOLDER_NAME,) or Path(path).exists():
         return path

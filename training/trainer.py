@@ -38,7 +38,7 @@ from universal_gcl.training.checks import (
     matryoshka_cuts,
     record_cuts,
 )
-from universal_gcl.training.chunks import most_tokens, widen_texts
+from universal_gcl.training.chunks import widen_texts
 from universal_gcl.training.data import BrokenImages
 from universal_gcl.training.distributed import BatchProcesses, RowShardedEncoder
 from universal_gcl.training.gradcache import GradCache
@@ -62,9 +62,9 @@ class GCLTrainer(ParameterTrainer):
     r"""
     `transformers.Trainer` for contrastive training of a `GCLModel`.
 
-    To train with a loss of your own, give it as `loss`, or override `compute_loss`, which is where every loss of
-    training comes from, with GradCache or without, in one process or several. Both get embeddings, not pixels and
-    tokens, of all pairs that this process has in the batch:
+    To train with a loss of your own, give it as `loss`, or override `compute_loss`, which computes every loss in
+    training, with GradCache or without, in one process or several. Both get the embeddings (not pixels and tokens) of
+    all pairs that this process has in the batch:
 
         >>> import torch
         >>> from universal_gcl.training.trainer import GCLTrainer
@@ -216,11 +216,11 @@ class GCLTrainer(ParameterTrainer):
 
         Args:
             model (`nn.Module`): the model, as Trainer has wrapped it.
-            inputs (`dict[str, torch.Tensor]`): of the pairs that this process has in the batch (with GradCache, those
-                of all chunks and micro-batches): `image_embeds`, `text_embeds` and, if the loss needs them,
-                `fused_embeds`, each of shape `(n, D)`, of unit norm, in float32 (or float64); `logit_scale`, the scalar
-                1/τ; `ids` and `caption_ids`, each of shape `(n,)`, unless `mask_equal_ids` or `mask_equal_captions` is
-                off. `embed_batch` makes them from a batch of the collator.
+            inputs (`dict[str, torch.Tensor]`): tensors for the pairs that this process has in the batch (with
+                GradCache, the pairs of all chunks and micro-batches): `image_embeds`, `text_embeds` and, if the loss
+                needs them, `fused_embeds`, each of shape `(n, D)`, of unit norm, in float32 (or float64);
+                `logit_scale`, the scalar 1/τ; `ids` and `caption_ids`, each of shape `(n,)`, unless `mask_equal_ids` or
+                `mask_equal_captions` is off. `embed_batch` makes them from a batch of the collator.
             return_outputs (`bool`): also return a [`GCLOutput`] with the embeddings and the scale.
             num_items_in_batch: not used.
 
@@ -320,7 +320,8 @@ class GCLTrainer(ParameterTrainer):
         if args.grad_cache_chunk is not None:
             return
         few = self.data_collator([self.train_dataset[i] for i in range(min(8, num_pairs))])
-        inputs = widen_texts({n: v for n, v in few.items() if n not in LABELS}, most_tokens(self.processing_class))
+        longest = getattr(self.processing_class, "max_tokens", None) or 0
+        inputs = widen_texts({n: v for n, v in few.items() if n not in LABELS}, longest)
 
         def embed(model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
             with self.accelerator.autocast():  # the model is not wrapped yet

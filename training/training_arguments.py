@@ -135,7 +135,7 @@ class GCLTrainingArguments(LossSettings, TrainingArguments):
             `hub_token` is the token and `hub_revision` the branch; `hub_private_repo` makes a new repository private.
 
     Raises:
-        ValueError: naming the field, its value and what is allowed.
+        ValueError: a value is not allowed. The message names the field, the value and what is allowed.
     """
 
     mask_equal_ids: bool = True

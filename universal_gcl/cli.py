@@ -59,9 +59,9 @@ app.command("push")(push)
 
 
 def main() -> None:
-    """The console script. An error in what the user gave is one line, not a traceback.
+    """The console script. An error that the user can mend is printed as one line, without a traceback.
 
-    In a launch of several processes, an error in one of them ends all.
+    In a launch of several processes, an error in one of them ends all processes.
     """
     try:
         app()

@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
         argv: the recipe and the options, without the program's name.
 
     Raises:
-        SystemExit: with one line that says what is wrong and how to mend it.
+        SystemExit: the message is one line that says what is wrong and how to mend it.
     """
     started = time.time()
     quiet_libraries()
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
 
 
 def write(run: TrainingRun, folder: Path, environment: dict, started: float) -> None:
-    """Complete the model's folder, and tell the user what came out and what to do next."""
+    """Complete the model's folder, and tell the user the results and what to do next."""
     record = run.record(command_line(), environment)
     pictures = draw_pictures(folder.parent / "pictures", record.log_history, run.eval_pairs, run.before, run.after)
     write_run_folder(folder, record, pictures)
@@ -86,7 +86,7 @@ def push(folder: Path, repo_id: str, arguments: GCLTrainingArguments) -> None:
             token=arguments.hub_token,
         )
     except (ValueError, ConnectionError) as error:
-        stop(ValueError(f"{error}. The model is in {folder}; push it again by: gcl push {folder} {repo_id}"))
+        stop(ValueError(f"{error}. The model is in {folder}; push it again with: gcl push {folder} {repo_id}"))
     print(f"\nPushed to {url}")
 
 

@@ -41,7 +41,7 @@ def processor(folder):
 def test_joined_as_vista_the_towers_are_the_same(folder, tmp_path, model, processor):
     vista_folder = towers.convert_towers_to_vista(tmp_path / "vista", image_size=96)
     check_folder(vista_folder)
-    assert "this is where training starts" in (vista_folder / "README.md").read_text()
+    assert "Train the model before you use it" in (vista_folder / "README.md").read_text()
     vista = GCLModel.from_pretrained(vista_folder).eval()
     assert vista.config.fusion == "native" and vista.config.projection_dim == 384
     inputs = processor(images=[Image.new("RGB", (90, 70), "red")], text=["a red dog"], return_tensors="pt")

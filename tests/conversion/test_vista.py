@@ -172,7 +172,7 @@ def test_damaged_and_foreign_files_are_refused(original, tmp_path):
         refused("holds no state dict", file, tokenizer, tmp_path)
     file, tokenizer = original(state={"text_model.weight": torch.zeros(2)})
     refused(
-        "original.pth: this is not a VISTA checkpoint, it lacks bge_embeddings.word_",
+        "original.pth: this is not a VISTA checkpoint: it lacks bge_embeddings.word_",
         file,
         tokenizer,
         tmp_path,
@@ -208,7 +208,7 @@ def test_values_and_shapes_are_checked(original, tmp_path):
     state["model_visual.visual.blocks.1.attn.v_bias"][5] = torch.nan
     state["visual_proj.weight"][0, 0] = torch.inf
     file, tokenizer = original(state=state)
-    message = refused("the file is damaged, these tensors hold NaN or infinite values", file, tokenizer, tmp_path)
+    message = refused("the file is damaged: these tensors hold NaN or infinite values", file, tokenizer, tmp_path)
     assert "blocks.1.attn.v_bias" in message and "visual_proj.weight" in message
     file, tokenizer = original(state=tiny_state("base") | {"visual_proj.bias": torch.zeros(64)})
     refused("these tensors' shapes don't fit the others': visual_proj.bias", file, tokenizer, tmp_path)

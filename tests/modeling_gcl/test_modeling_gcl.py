@@ -215,7 +215,16 @@ def test_processor_round_trip_and_padding_rule(backbone, tmp_path):
     length = a["input_ids"].shape[1]
     assert length == (16 if backbone.startswith("siglip") else 9)  # full length, or the longest of the batch
     long_text = loaded(text=["a " * 50], return_tensors="pt")
-    assert long_text["input_ids"].shape[1] == 16
+    assert long_text["input_ids"].shape[1] == loaded.max_tokens == 16
+    loaded.max_text_length = 5
+    assert loaded(text=["a " * 50], return_tensors="pt")["input_ids"].shape[1] == loaded.max_tokens == 5
+
+
+def test_a_tokenizer_without_a_limit_cuts_nothing():
+    processor = tiny_processor("clip")
+    processor.tokenizer.model_max_length = int(1e30)  # transformers' value if the checkpoint states none
+    assert processor.max_tokens is None
+    assert processor(text=["a " * 50], return_tensors="pt")["input_ids"].shape[1] == 52
 
 
 @pytest.mark.parametrize("dims", [[24], [24, 12, 1], None])

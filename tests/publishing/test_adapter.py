@@ -154,7 +154,7 @@ def test_another_base_is_refused(copy, base, tmp_path):
     torch.nn.init.normal_(other.encoder.text_projection.weight)  # peft accepts it, because the shapes are the same
     save_model_folder(tmp_path / "other", other, tiny_processor("clip"))
     peft.PeftModel.from_pretrained(other, str(copy / "adapter"))
-    with pytest.raises(ValueError, match="is for another base than .*other: their weight files differ"):
+    with pytest.raises(ValueError, match="was trained on another base than .*other: the weight files differ"):
         merge_adapter(copy / "adapter", tmp_path / "merged", base=str(tmp_path / "other"))
     assert not (tmp_path / "merged").exists()
 

@@ -105,7 +105,7 @@ def change(values):
     [
         (change({"limit": 5}), "a smoke run on the first 5 queries"),
         (change({"protocol": "mteb"}), "holds no result of pairs, mbeir"),
-        (change({"train_runtime": 1.0}), "is of a training run"),
+        (change({"train_runtime": 1.0}), "was written by a training run"),
         (change({"result": {"tasks": {}}}), "lacks a part"),
         (
             lambda written: {name: value for name, value in written.items() if name != "fingerprint"},
@@ -131,7 +131,7 @@ def test_weights_that_changed_since_are_seen(measured, folder):
     with torch.no_grad():
         next(model.parameters()).add_(1)
     model.save_pretrained(folder)
-    with pytest.raises(ValueError, match=r"benchmarks/mbeir\.json is of another model"):
+    with pytest.raises(ValueError, match=r"benchmarks/mbeir\.json has results of another model"):
         rewrite_card(folder)
 
 

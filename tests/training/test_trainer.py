@@ -242,9 +242,9 @@ def test_figures_reach_tensorboard(tmp_path):
 def test_a_checkpoint_is_resumed_with_the_same_batch_and_steps_to_go(tmp_path):
     make_trainer(tmp_path, num_train_epochs=1, save_strategy="epoch").train()
     checkpoint = str(tmp_path / "checkpoint-6")
-    with pytest.raises(ValueError, match="trained with 8 pairs a step, it can't be resumed with 16"):
+    with pytest.raises(ValueError, match="trained with 8 pairs a step and can't be resumed with 16"):
         make_trainer(tmp_path, per_device_train_batch_size=16).train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(ValueError, match="it can't be resumed with 16"):
+    with pytest.raises(ValueError, match="and can't be resumed with 16"):
         make_trainer(tmp_path, effective_batch_size=16).train(resume_from_checkpoint=checkpoint)
     with pytest.raises(ValueError, match="nothing is left to train: the checkpoint is at step 6 of 6"):
         make_trainer(tmp_path, num_train_epochs=1).train(resume_from_checkpoint=checkpoint)

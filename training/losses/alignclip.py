@@ -21,7 +21,7 @@ class AlignCLIP(Loss):
             Weight of AlignCLIP's intra-modality separation.
 
     Raises:
-        ValueError: naming the setting, its value and what is allowed.
+        ValueError: a value is not allowed. The message names the setting, the value and what is allowed.
     """
 
     name = "alignclip"

@@ -30,7 +30,7 @@ class GCL(Loss):
             accepted too). A direction that is not named has weight 1, so null means equal weights (the paper).
 
     Raises:
-        ValueError: naming the setting, its value and what is allowed.
+        ValueError: a value is not allowed. The message names the setting, the value and what is allowed.
     """
 
     name = "gcl"

@@ -1,4 +1,4 @@
-"""What a loss is: its function, what it needs of a batch, its settings, and what the model card says of it."""
+"""What a loss is: its function, what it needs from a batch, its settings, and what the model card says about it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class Loss(ABC):
 
     Attributes:
         name: its name in `training.loss`.
-        modalities: the embeddings that it compares, of `"image"`, `"text"` and `"fused"`. Others are not computed.
+        modalities: the embeddings that it compares, any of `"image"`, `"text"` and `"fused"`. Others are not computed.
         description: a phrase in Markdown that the model card puts after "trained with".
         citation: BibTeX.
     """

@@ -52,7 +52,7 @@ def demo(
 def space(
     model: Annotated[str, typer.Argument(help="Hub id of a GCL checkpoint.")],
     data: Annotated[str, typer.Argument(help="Captioned images that you may publish: a folder, file, or Hub id.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write. It must not exist, or be empty.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write. It must be empty or not exist yet.")],
     base: Annotated[str | None, typer.Option(help="Hub id of another model to compare.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Use only the first N pairs.")] = 1000,
     image_root: Annotated[

@@ -58,7 +58,7 @@ class Gallery:
 
     Raises:
         FileNotFoundError: there is no gallery in the folder.
-        ValueError: the number of embeddings is not that of the entries.
+        ValueError: there are more or fewer embeddings than entries.
     """
 
     def __init__(self, folder: str | Path) -> None:

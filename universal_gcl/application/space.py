@@ -78,7 +78,7 @@ def write_space(
     Args:
         model: Hub id of a GCL checkpoint.
         pairs: the captioned images to search, from `sources.pairs.load_pairs`.
-        out_dir: the folder to write. It must not exist, or be empty.
+        out_dir: the folder to write. It must be empty or not exist yet.
         name: the name of the data, for the page.
         base: Hub id of another model to compare.
         revision, base_revision: branch, tag or commit of the models. The Space always uses the present commit.

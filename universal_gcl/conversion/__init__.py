@@ -1,1 +1,1 @@
-"""Converters: other formats into folders that GCL reads, and GCL models into other formats."""
+"""Converters from other formats to folders that GCL reads, and from GCL models to other formats."""

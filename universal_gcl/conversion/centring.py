@@ -23,12 +23,13 @@ def store_modality_means(
     batch_size: int = 64,
     show_progress: bool = False,
 ) -> Path:
-    """Writes the same model with its modality means stored. `AutoModel.from_pretrained(OUT, centring=True)` subtracts
+    """Write the same model with its modality means stored. `AutoModel.from_pretrained(OUT, centring=True)` subtracts
     them; by default centring stays off.
 
     Args:
         model: folder or Hub id of a GCL checkpoint or any dual encoder.
-        data: captioned images for the estimate: a file, a folder or a Hub id. Never the images that are searched.
+        data: captioned images for the estimate: a file, a folder or a Hub id. Don't use the images that will be
+            searched.
         out_dir: folder to write; must be absent or empty.
         split: split of a Hub data set.
         limit: use only the first pairs.

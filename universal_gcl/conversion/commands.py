@@ -1,4 +1,4 @@
-"""`gcl convert`: other formats into folders that GCL reads, and GCL models into other formats."""
+"""`gcl convert`: from other formats to folders that GCL reads, and from GCL models to other formats."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ app = typer.Typer(
     help="Convert checkpoints and test data into folders that GCL reads, and GCL models into other formats.",
 )
 
-Out = Annotated[Path, typer.Argument(help="Folder to write; must be absent or empty.")]
+Out = Annotated[Path, typer.Argument(help="Folder to write. It must be empty or not exist yet.")]
 ModelName = Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint or any dual encoder.")]
 Revision = Annotated[str | None, typer.Option(help="Revision of the model on the Hub.")]
 
@@ -41,7 +41,7 @@ def towers(
 @app.command("centring")
 def centring(
     model: ModelName,
-    data: Annotated[str, typer.Argument(help="Captioned images for the estimate; never those that are searched.")],
+    data: Annotated[str, typer.Argument(help="Captioned images for the estimate, not those that you will search.")],
     out: Out,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
     limit: Annotated[int | None, typer.Option(help="Use only the first pairs.")] = None,
@@ -98,10 +98,10 @@ def vista(
 @app.command("mbeir")
 def mbeir(
     data: Annotated[str, typer.Argument(help="Captioned images: folder, .parquet, .jsonl, .csv, or Hub id.")],
-    root: Annotated[Path, typer.Argument(help="Folder to write into; may hold other data sets in M-BEIR's layout.")],
+    root: Annotated[Path, typer.Argument(help="Folder to write into. It may have other data sets in M-BEIR's layout.")],
     name: Annotated[str, typer.Option(help="Name of the data set; its tests are called NAME_task0 and so on.")],
     dataset_id: Annotated[
-        int, typer.Option(help="Number of the data set in all ids, 10 or more: M-BEIR's own have 0 to 9.")
+        int, typer.Option(help="Number of the data set in all ids, at least 10. M-BEIR's own data sets have 0 to 9.")
     ],
     composed: Annotated[
         Path | None,

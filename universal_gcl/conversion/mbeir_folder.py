@@ -1,8 +1,8 @@
 """Writes your own test data in M-BEIR's layout, so that `gcl evaluate mbeir` measures on it by M-BEIR's rules.
 
 Captioned pairs become five tests: `NAME_task0` (t→i), `task1` (t→t), `task2` (t→it), `task3` (i→t) and `task6` (it→t).
-`evaluation.pairs.measure` says what each caption is used for (with four captions or more); the pools are the same. The
-three tests with text candidates share one pool, that of task3.
+They use the captions and pools of `evaluation.pairs.measure`, which says what each caption is for (with four captions
+or more). The three tests with text candidates share one pool, that of task3.
 
 Composed queries, each an image with a text that changes it, become `NAME_task7` (it→i) over all images. The query's own
 image stays among the candidates, as in CIRR and FashionIQ.
@@ -36,11 +36,11 @@ COMPOSED_TASK = 7  # it→i
 
 
 def write_pairs(pairs: Sequence[dict], root: str | Path, *, name: str, dataset_id: int) -> dict[str, int]:
-    """Writes the five tests of captioned pairs.
+    """Write the five tests of captioned pairs.
 
     Args:
-        pairs: as `sources.pairs.load_pairs` returns them, each with four captions or more.
-        root: folder to write into; it is made, or may hold other data sets in this layout.
+        pairs: pairs from `sources.pairs.load_pairs`, each with four captions or more.
+        root: folder to write into. It is created if needed, and may already have other data sets in this layout.
         name: name of the data set: letters, digits and `_`.
         dataset_id: number of the data set, before the colon of all ids; 10 or more.
 
@@ -48,8 +48,8 @@ def write_pairs(pairs: Sequence[dict], root: str | Path, *, name: str, dataset_i
         test → number of queries.
 
     Raises:
-        DataError: (a ValueError) there are no pairs; a pair, which is named, has too few captions or an unreadable
-            image; the name or the number is taken or not allowed.
+        DataError: (a ValueError) there are no pairs; a pair has too few captions or an unreadable image (the message
+            names it); the name or the number is taken or not allowed.
     """
     roles = caption_roles(MIN_CAPTIONS)
     if not len(pairs):
@@ -80,10 +80,10 @@ def write_pairs(pairs: Sequence[dict], root: str | Path, *, name: str, dataset_i
 def write_composed(
     images: Sequence[dict], queries: str | Path, root: str | Path, *, name: str, dataset_id: int
 ) -> dict[str, int]:
-    """Writes the test of composed queries; `root`, `name` and `dataset_id` are those of `write_pairs`.
+    """Write the test of composed queries. `root`, `name` and `dataset_id` are those of `write_pairs`.
 
     Args:
-        images: as `sources.pairs.load_pairs` returns them. All are candidates; their captions are not used.
+        images: pairs from `sources.pairs.load_pairs`. All images are candidates. The captions are not used.
         queries: .jsonl of `{"ref": id of the query's image, "text": str, "targets": [ids of the right images]}`; other
             keys are ignored.
 
@@ -163,10 +163,10 @@ class _DataSet:
         return self.tests[-1]
 
     def add_image(self, pair_id: str, image: Mapping) -> str:
-        """Copies an image into the data set.
+        """Copy an image into the data set.
 
         Args:
-            image: `{"bytes": …, "path": …}`, as `datasets` has it undecoded.
+            image: `{"bytes": …, "path": …}`, an undecoded image of `datasets`.
 
         Returns:
             Its path, relative to the root.
@@ -224,7 +224,7 @@ class _Pool:
         self.rows: list[dict] = []
 
     def add(self, source: str, *, text: str | None = None, image: str | None = None) -> str:
-        """Adds a candidate; returns its id."""
+        """Add a candidate and return its id."""
         did = next(self.data.candidate_ids)
         row = {"did": did, "txt": text, "img_path": image, "modality": self.task.candidate}
         self.rows.append(row | {"src_content": _json({"id": source})})
@@ -240,7 +240,7 @@ class _Test:
         self.qrels: list[str] = []
 
     def add(self, source: str, positives: list[str], *, text: str | None = None, image: str | None = None) -> None:
-        """Adds a query and the ids of its right candidates."""
+        """Add a query and the ids of its right candidates."""
         qid, task_number = next(self.data.query_ids), int(self.task.name[-1])
         self.rows.append(
             {

@@ -3,7 +3,7 @@
 - The inputs are the processor's outputs, under the same names. The output is a unit vector per row: fusion, text
   pooling and centring are part of the graph.
 - Batches may have any size, and texts any length that the text tower takes. Images have the processor's size.
-- Every graph is run on other rows than it was traced with, and compared with the model, before the folder appears.
+- Before the folder appears, every graph is run on rows that it was not traced with, and compared with the model.
 """
 
 import logging
@@ -43,7 +43,7 @@ class Graph(nn.Module):
 
 
 def convert_to_onnx(model: str | Path, out_dir: str | Path, revision: str | None = None) -> Conversion:
-    """Writes the three graphs in float32, and the processor.
+    """Write the three graphs in float32, and the processor.
 
     The folder appears whole or not at all.
 
@@ -78,7 +78,7 @@ def convert_to_onnx(model: str | Path, out_dir: str | Path, revision: str | None
 
 
 def export_graph(model: GCLModel, processor: GCLProcessor, feature: str, file: Path) -> str:
-    """Writes the graph of one kind of features and compares it with the model.
+    """Write the graph of one kind of features and compare it with the model.
 
     Args:
         model: in float32 and eval mode.
@@ -91,7 +91,7 @@ def export_graph(model: GCLModel, processor: GCLProcessor, feature: str, file: P
         processor gives, the longest text.
 
     Raises:
-        ValueError: as in `convert_to_onnx`.
+        ValueError: see `convert_to_onnx`.
     """
     inputs = example(processor, feature, TRACED_TEXTS)
     batch, any_length = torch.export.Dim("batch"), torch.export.Dim.DYNAMIC
@@ -123,7 +123,7 @@ def example(
 
 
 def export(graph: Graph, inputs: dict[str, torch.Tensor], axes: tuple) -> torch.onnx.ONNXProgram:
-    """Traces the graph with `inputs`, of which `axes` may have any size.
+    """Trace the graph with `inputs`. Their `axes` may have any size in the traced graph.
 
     Raises:
         ValueError: torch can't export the graph.
@@ -157,7 +157,7 @@ def export(graph: Graph, inputs: dict[str, torch.Tensor], axes: tuple) -> torch.
 
 
 def name_axes(program: torch.onnx.ONNXProgram) -> int | None:
-    """Names the axes `batch` and `text_length`.
+    """Name the axes `batch` and `text_length`.
 
     Returns:
         The longest text that the traced code takes; None if there is no such axis or no bound.
@@ -188,5 +188,5 @@ def compare(file: Path, model: GCLModel, inputs: dict[str, torch.Tensor]) -> flo
     found = torch.from_numpy(session.run([name], {key: value.numpy() for key, value in inputs.items()})[0])
     difference = (found - expected).abs().max().item()
     if not difference <= MAX_DIFFERENCE:
-        raise ValueError(f"{file.name} differs from the model by {difference:.1e}, so that nothing is written")
+        raise ValueError(f"{file.name} differs from the model by {difference:.1e}, so nothing is written")
     return difference

@@ -62,7 +62,7 @@ NOT_EXPRESSIBLE = {
 
 @dataclass
 class Checkpoint:
-    """What an open_clip state dict holds.
+    """The contents of an open_clip state dict.
 
     Attributes:
         towers: the image tower and the text tower.
@@ -85,14 +85,14 @@ def convert_open_clip(
     config: str | Path | None = None,
     quick_gelu: bool | None = None,
 ) -> Conversion:
-    """Writes a CLIPModel folder: model.safetensors in float32, configs, tokenizer and image processor.
+    """Write a CLIPModel folder: model.safetensors in float32, configs, tokenizer and image processor.
 
     Args:
         file: `.pt`, `.pth`, `.bin` or `.safetensors`. No code in it is run.
         out_dir: folder to write; must be absent or empty.
         tokenizer: folder or Hub id of CLIP's tokenizer.
         config: the model's `open_clip_config.json`, or one of open_clip's or TinyCLIP's `model_configs`.
-        quick_gelu: whether the activation is QuickGELU (else GELU). None takes what the config says.
+        quick_gelu: whether the activation is QuickGELU (else GELU). If it is None, the config decides.
 
     Returns:
         The folder, with notes about unused tensors, assumptions and padding.
@@ -144,10 +144,10 @@ def convert_open_clip(
 
 
 def read_checkpoint(state: dict[str, torch.Tensor], settings: Settings) -> Checkpoint:
-    """Reads both towers and the temperature of an open_clip state dict.
+    """Read both towers and the temperature of an open_clip state dict.
 
     Raises:
-        ValueError: as in `convert_open_clip`, without the file's name.
+        ValueError: see `convert_open_clip`. The message does not name the file.
     """
     pruned = any(name.startswith(("_image_encoder", "image_encoder_without_ddp")) for name in map(unwrapped, state))
     state = open_clip_names(state)
@@ -246,7 +246,7 @@ def build_image_processor(settings: Settings, side: int) -> CLIPImageProcessorPi
 
 
 def load_clip_tokenizer(source: str | Path, vocabulary: int, context: int) -> PreTrainedTokenizerBase:
-    """Loads CLIP's tokenizer and limits it to `context` tokens.
+    """Load CLIP's tokenizer and limit it to `context` tokens.
 
     open_clip takes the text embedding at the token with the highest id, CLIPModel at the first end-of-text token. They
     agree only if the end-of-text token has the highest id, which is checked.

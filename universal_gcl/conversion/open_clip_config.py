@@ -18,7 +18,7 @@ CLIP_MODEL_VALUES: dict[str, dict[str, Any]] = {  # settings that don't show in 
     },
 }
 HEAD_WIDTH = 64
-WIDEST_WITH_64 = 1024  # all of open_clip's own image towers up to this width have heads of 64, no wider one has
+WIDEST_WITH_64 = 1024  # open_clip's own image towers have heads of 64 channels up to this width, and never above it
 EPS = 1e-5
 
 
@@ -46,7 +46,7 @@ class Settings:
 
 
 def read_config(path: Path) -> Settings:
-    """Reads an `open_clip_config.json` (with `model_cfg` and `preprocess_cfg`) or the config of a model alone.
+    """Read an `open_clip_config.json` (with `model_cfg` and `preprocess_cfg`) or the config of a model alone.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -110,7 +110,7 @@ def head_width(kind: str, width: int, settings: Settings) -> int:
     """Channels per attention head of a tower that is `width` wide.
 
     Raises:
-        ValueError: a wide image tower without a config.
+        ValueError: the image tower is wide, and there is no config.
     """
     if kind == "text":
         return settings.text_head_width or HEAD_WIDTH
@@ -123,10 +123,11 @@ def head_width(kind: str, width: int, settings: Settings) -> int:
 
 
 def image_size(sizes: dict[str, int], settings: Settings) -> int:
-    """Side of the input in pixels: the config's if its grid of patches is that of the positions, else grid x patch.
+    """Side of the input in pixels, from the config or, if it states none, from the grid of positions and the patch
+    size.
 
     Raises:
-        ValueError: the positions form no square grid, or not the config's.
+        ValueError: the positions form no square grid, or another grid than the config states.
     """
     grid, patch = round((sizes["positions"] - 1) ** 0.5), sizes["patch"]
     if grid**2 + 1 != sizes["positions"]:

@@ -108,7 +108,7 @@ class Tower:
 def read_tower(
     state: Mapping[str, torch.Tensor], kind: str, pruned: bool
 ) -> tuple[dict[str, torch.Tensor], dict[int, dict[str, torch.Tensor]]]:
-    """Picks one tower's tensors out of an open_clip state dict.
+    """Pick one tower's tensors out of an open_clip state dict.
 
     Args:
         state: the whole state dict under open_clip's names.
@@ -154,7 +154,7 @@ def layer_prefix(kind: str) -> str:
 def check_shapes(
     kind: str, outer: Mapping[str, torch.Tensor], blocks: Mapping[int, Mapping[str, torch.Tensor]], head_dim: int
 ) -> dict[str, int]:
-    """Checks that the shapes of a tower's tensors agree.
+    """Check that the shapes of a tower's tensors agree.
 
     Returns:
         The sizes of the outer tensors' dimensions, by name.
@@ -183,7 +183,7 @@ def check_shapes(
 
 
 def match_shapes(prefix: str, tensors: Mapping[str, torch.Tensor], shapes: Shapes, sizes: dict[str, int]) -> None:
-    """Compares tensors with `shapes`. The first tensor that has a dimension sets its size in `sizes`.
+    """Compare tensors with `shapes`. The first tensor that has a dimension sets its size in `sizes`.
 
     Raises:
         ValueError: a tensor has another shape; the message names it, with `prefix`.
@@ -203,7 +203,7 @@ def match_shapes(prefix: str, tensors: Mapping[str, torch.Tensor], shapes: Shape
 
 
 def fill_missing(block: Mapping[str, torch.Tensor], width: int) -> dict[str, torch.Tensor]:
-    """Gives a layer without attention one with no heads, and a layer without MLP one with no channels."""
+    """Give a layer without attention one with no heads, and a layer without MLP one with no channels."""
     filled = {}
     for name, shape in {**ATTENTION_SHAPES, **MLP_SHAPES}.items():
         empty = torch.zeros([width if dimension == "width" else 0 for dimension in shape])
@@ -222,7 +222,7 @@ def uniform_tower(tower: Tower) -> Tower:
 
 
 def pad_block(block: Mapping[str, torch.Tensor], inner: int, mlp: int) -> dict[str, torch.Tensor]:
-    """Adds heads of zeros until all heads have `inner` channels together, and MLP channels of zeros up to `mlp`."""
+    """Add heads of zeros until all heads have `inner` channels together, and MLP channels of zeros up to `mlp`."""
     block = dict(block)
     head_channels, mlp_channels = inner - block["attn.out_proj.weight"].shape[1], mlp - len(block["mlp.c_fc.bias"])
     pad = torch.nn.functional.pad

@@ -5,7 +5,7 @@
     python -m universal_gcl.conversion.openmoji package hub_configs/quickstart
 
 - All emoji without skin tones are drawn on white, SIZE × SIZE pixels, as PNG with a palette of at most COLOURS colours.
-  Of emoji with the same drawing ("pilot", "man pilot") only one is kept.
+  If several emoji have the same drawing ("pilot", "man pilot"), only one is kept.
 - The columns are `id` (hexcode), `image` (datasets' Image) and `captions` (four each, see `openmoji_captions`).
 - With the same inputs and the same library versions, the files have the same bytes.
 
@@ -31,7 +31,7 @@ Rasteriser = Callable[[str, int], bytes]
 
 
 def write_openmoji(package_dir: str | Path, out_dir: str | Path, rasterise: Rasteriser | None = None) -> dict[str, int]:
-    """Writes `openmoji_train.parquet` and `openmoji_test.parquet`.
+    """Write `openmoji_train.parquet` and `openmoji_test.parquet`.
 
     Args:
         package_dir: the unpacked npm package; `data/openmoji.json` and `color/svg/` are read.
@@ -72,7 +72,8 @@ def write_openmoji(package_dir: str | Path, out_dir: str | Path, rasterise: Rast
 
 
 def without_repeats(entries: list[dict], images: dict[str, bytes]) -> list[dict]:
-    """Keeps one entry of those with the same picture, the one with the shortest annotation ("pilot", not "man pilot").
+    """Keep only one of several entries with the same picture: the one with the shortest annotation ("pilot", not "man
+    pilot").
 
     The others would be false negatives in training, and queries without a unique answer in evaluation.
     """
@@ -86,7 +87,7 @@ def without_repeats(entries: list[dict], images: dict[str, bytes]) -> list[dict]
 
 
 def read_entries(path: Path) -> list[dict]:
-    """Reads the metadata of the emoji without skin tones, in the file's order."""
+    """Read the metadata of the emoji without skin tones, in the file's order."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: pass the folder of the unpacked `npm pack openmoji@17.0.0`.")
     entries = [entry for entry in json.loads(path.read_text(encoding="utf-8")) if not entry["skintone"]]
@@ -99,7 +100,7 @@ def read_entries(path: Path) -> list[dict]:
 
 
 def draw(svg: Path, rasterise: Rasteriser) -> bytes:
-    """Draws an SVG file on white, `SIZE` pixels square; returns a PNG with a palette."""
+    """Draw an SVG file on white, `SIZE` pixels square. Return a PNG with a palette."""
     try:
         drawn = PILImage.open(io.BytesIO(rasterise(svg.read_text(encoding="utf-8"), SIZE))).convert("RGBA")
     except (ValueError, OSError) as error:
@@ -114,7 +115,7 @@ def draw(svg: Path, rasterise: Rasteriser) -> bytes:
 
 
 def rasterise_with_resvg(svg: str, size: int) -> bytes:
-    """Draws SVG text as a PNG of `size` x `size` pixels."""
+    """Draw SVG text as a PNG of `size` x `size` pixels."""
     import resvg_py  # not a dependency of the project, as only this module uses it
 
     return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))

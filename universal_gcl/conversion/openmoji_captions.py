@@ -103,7 +103,7 @@ SUBGROUP_PHRASES = {
 
 
 def make_captions(entries: list[dict]) -> list[list[str]]:
-    """Makes four distinct captions for each entry. Two entries share a caption only if their names are equal.
+    """Make four distinct captions for each entry. Two entries share a caption only if their names are equal.
 
     Args:
         entries: objects of openmoji.json; the keys `annotation`, `tags`, `openmoji_tags` and `subgroups` are used.
@@ -179,7 +179,8 @@ def enumerate_tags(tags: list[str]) -> str:
 
 
 def separate(texts: list[str], names: list[str], captions: list[list[str]], role: int) -> None:
-    """Makes captions different that several entries share: appends the words in which their names differ ("…, woman").
+    """Make equal captions of several entries different by appending the words in which their names differ ("…,
+    woman").
 
     Args:
         texts: caption number `role` of each entry.
@@ -227,7 +228,7 @@ def split_of(entry: dict) -> str:
 
 
 def caption_report(entries: list[dict], captions: list[list[str]]) -> dict[str, int]:
-    """Counts the entries, the captions that two entries share, and the entries whose captions repeat the annotation."""
+    """Count the entries, the captions that two entries share, and the entries whose captions repeat the annotation."""
     counts = Counter(text.casefold() for row in captions for text in set(row))
     names = distinct_names(entries)
     return {

@@ -9,7 +9,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 
 def load_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer from a folder or the Hub.
+    """Load a tokenizer from a folder or the Hub.
 
     Raises:
         ValueError: it can't be loaded; the message says which option names another one.

@@ -38,7 +38,7 @@ class Stream:
 
 
 def widen_stream(width: int, wide: int, pre_gain: torch.Tensor | None = None) -> Stream:
-    """Finds the mapping of a stream of `width` channels into one of `wide` channels.
+    """Find the mapping of a stream of `width` channels into one of `wide` channels.
 
     Args:
         width: channels of the narrow stream.

@@ -13,7 +13,7 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Reads a `.pt`, `.pth`, `.bin` or `.safetensors` file onto the CPU.
+    """Read a `.pt`, `.pth`, `.bin` or `.safetensors` file onto the CPU.
 
     If the file is a training checkpoint with a `state_dict` entry, that entry is returned.
 
@@ -50,7 +50,7 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def read_pickle(path: Path) -> object:
-    """Loads what `torch.save` wrote, with PyTorch's restricted unpickler. Errors are those of `read_state_dict`."""
+    """Load what `torch.save` wrote, with PyTorch's restricted unpickler. Errors are those of `read_state_dict`."""
     if is_torchscript(path):
         raise ValueError(
             f"{path} is a TorchScript archive, the format in which OpenAI published CLIP. It holds code, which is not "
@@ -84,7 +84,7 @@ def is_torchscript(path: Path) -> bool:
 
 
 def check_finite_floats(state: Mapping[str, torch.Tensor], names: Iterable[str]) -> None:
-    """Checks that the named tensors of `state` hold finite floating-point numbers.
+    """Check that the named tensors of `state` hold finite floating-point numbers.
 
     Raises:
         ValueError: some don't; the message names them.
@@ -95,7 +95,7 @@ def check_finite_floats(state: Mapping[str, torch.Tensor], names: Iterable[str])
             f"quantised weights are not supported, but these tensors hold integers: {list_names(integers)}."
         )
     if damaged := [name for name in names if not torch.isfinite(state[name]).all()]:
-        raise ValueError(f"the file is damaged, these tensors hold NaN or infinite values: {list_names(damaged)}.")
+        raise ValueError(f"the file is damaged: these tensors hold NaN or infinite values: {list_names(damaged)}.")
 
 
 def list_names(names: Iterable[str], limit: int = 12) -> str:

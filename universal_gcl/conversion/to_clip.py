@@ -10,19 +10,19 @@ from modeling_gcl.configuration_gcl import GATED_FUSIONS
 from universal_gcl.conversion.report import Conversion
 from universal_gcl.retrieval.new_folder import check_is_new, new_folder
 
-FUSED_FEATURES = {  # fusion → how to make it of CLIPModel's features
+FUSED_FEATURES = {  # fusion → how to compute it from CLIPModel's features
     "sum": "image_features + text_features",
     "normalized_sum": "normalize(image_features) + normalize(text_features)",
 }
 
 
 def convert_to_clip(model: str | Path, out_dir: str | Path, revision: str | None = None) -> Conversion:
-    """Writes the towers, the learned temperature as `logit_scale`, the tokenizer and the image processor.
+    """Write the towers, the learned temperature as `logit_scale`, the tokenizer and the image processor.
 
     The folder appears whole or not at all.
 
     Args:
-        model: folder or Hub id of a GCL checkpoint on a CLIP.
+        model: folder or Hub id of a GCL checkpoint whose backbone is a CLIP.
         out_dir: folder to write; must be absent or empty.
         revision: revision on the Hub.
 

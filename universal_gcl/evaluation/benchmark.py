@@ -27,7 +27,7 @@ Embed = Callable[[str, Sequence], Store]  # (name, rows) → the store of the ro
 class RetrievalTask:
     """
     Attributes:
-        name: of files and tables, e.g. `"cirr_task7"`.
+        name: the name in files and tables, e.g. `"cirr_task7"`.
         direction: e.g. `"it→i"`.
         queries: sequence of `(id, row)`, as `retrieval.embed.embed_rows` takes it.
         positives: query id → ids of its relevant candidates, for each query.
@@ -52,10 +52,11 @@ def evaluate_tasks(
     device: str = "cpu",
 ) -> dict | None:
     """
-    Embed, search and score. All processes of a launch call this: they share the embedding.
+    Embed, search and score. All processes of a launch must call this, because they share the embedding.
 
     Args:
-        pools: name → sequence of `(id, row)`; for the global scope, all pools of the benchmark. No two share an id.
+        pools: name → sequence of `(id, row)`. The global scope needs all pools of the benchmark. No id may be in two
+            pools.
         embed: `(name, rows)` → the store of the rows; `Session.embed`.
         out: folder for runs and records.
         scopes: `"local"`, `"global"` or both.
@@ -118,7 +119,7 @@ def save_and_score(
     """Write a run to `out/runs/NAME.safetensors`, score it, and write the records to `out/records/NAME.jsonl`.
 
     Args:
-        run, positives, ks: as for `evaluation.scoring.score_run`, which says what is raised.
+        run, positives, ks: as for `evaluation.scoring.score_run`, which also describes the errors.
         about: query id → further fields of its record.
 
     Returns:

@@ -39,7 +39,7 @@ def draw_comparison(runs: Mapping[str, Measured], folders: Mapping[str, Path], o
         one message for each picture that can't be drawn, with the reason.
 
     Raises:
-        ValueError: as `direction_bars` and `rank_histogram`.
+        ValueError: see `direction_bars` and `rank_histogram`.
     """
     direction_bars(runs, out / "directions.png")
     if not any(run.ranked for run in runs.values()):
@@ -59,7 +59,7 @@ def direction_bars(runs: Mapping[str, Measured], path: str | Path) -> Path:
         runs: name → run; two to seven.
 
     Raises:
-        ValueError: more runs than colours, or runs that are not comparable.
+        ValueError: there are more runs than colours, or the runs are not comparable.
     """
     _check(runs)
     first = next(iter(runs.values()))
@@ -96,8 +96,8 @@ def rank_histogram(runs: Mapping[str, Measured], records: Mapping[str, Path], pa
         records: name → the run's folder `records/`.
 
     Raises:
-        ValueError: the benchmark keeps no ranks; more runs than colours; runs that are not comparable; records of
-            another run than the result.
+        ValueError: the benchmark keeps no ranks, there are more runs than colours, the runs are not comparable, or the
+            records are from another run than the result.
         OSError: records are missing; see `missing_records`.
     """
     _check(runs)

@@ -16,7 +16,7 @@ class Line:
 
 @dataclass(frozen=True)
 class RankedTasks:
-    """The tasks for which a run has records of the positives' ranks, in the pool whose ranks say most.
+    """The tasks for which a run has records of the positives' ranks, in the pool whose ranks are the most informative.
 
     Attributes:
         pool: the pool of these records; `records/TASK.POOL.jsonl` has the records of a task.
@@ -35,8 +35,8 @@ class Measured:
     Attributes:
         protocol: the benchmark's name.
         figures: line → percent, without means.
-        conditions: what must be equal in runs that are compared, by name; the most telling comes first.
-        ranked: the tasks with records of ranks; None if the benchmark keeps none.
+        conditions: what must be equal in runs that are compared, by name, the most important first.
+        ranked: the tasks with records of ranks; None if the benchmark keeps no ranks.
         limit: the number of queries per task of a smoke run, else None.
         num_skipped: how many rows have no embedding.
     """
@@ -50,7 +50,7 @@ class Measured:
 
 
 def with_means(figures: Mapping[Line, float]) -> dict[Line, float]:
-    """The same figures; if a pool has several tasks, the plain mean over them comes after them."""
+    """The same figures. After a pool with several tasks comes the plain mean over them."""
     result: dict[Line, float] = {}
     for pool, lines in _by_pool(figures).items():
         result |= {line: figures[line] for line in lines}
@@ -75,11 +75,13 @@ def mean_by_direction(figures: Mapping[Line, float]) -> dict[str, dict[str, floa
 
 def check_runs_comparable(runs: Mapping[str, Measured]) -> None:
     """
+    Check that runs may be compared.
+
     Args:
         runs: name → run.
 
     Raises:
-        ValueError: fewer than two runs, or runs that differ in protocol or conditions; what differs is named.
+        ValueError: there are fewer than two runs, or they differ in protocol or conditions. The message says in what.
     """
     if len(runs) < 2:
         raise ValueError("there is nothing to compare: name two runs or more")
@@ -136,7 +138,7 @@ def _several_metrics(lines: Sequence[Line]) -> bool:
 
 
 def _conditions_of(one: Measured, other: Measured) -> Iterator[tuple[str, object, object]]:
-    """(what, its value in one, in the other) for everything that must be equal, the most telling first."""
+    """(what, its value in one, in the other) for everything that must be equal, the most important first."""
     yield "protocol", one.protocol, other.protocol
     for what in dict.fromkeys((*one.conditions, *other.conditions)):
         yield what, one.conditions.get(what), other.conditions.get(what)

@@ -40,10 +40,11 @@ def collect_environment() -> dict[str, Any]:
 
     Returns:
         - `date`: today in UTC, as in 2026-01-31;
-        - `version`: of universal-gcl, None where it is neither a checkout nor installed. Files written before 0.2.0
-          don't have it;
-        - `python`: version; `packages`: name → version, for those of `PACKAGES` that are installed;
-        - `platform`: operating system and machine; `cpu`: `{"name", "cores"}`; `gpus`: their names, `[]` without any;
+        - `version`: the version of universal-gcl; None if it is neither a checkout nor installed. Files written before
+          0.2.0 don't have it;
+        - `python`: its version; `packages`: name → version, for those of `PACKAGES` that are installed;
+        - `platform`: operating system and machine; `cpu`: `{"name", "cores"}`; `gpus`: their names, `[]` if there are
+          none;
         - `image_backend`: `"torchvision"` or `"pil"`: transformers' image processors differ slightly between the two;
         - `git`: `{"sha", "dirty"}` of the checkout that this code runs from, see `git_state`.
     """
@@ -112,7 +113,7 @@ def hide_secrets(words: Sequence[str]) -> list[str]:
 
 
 def _main_module() -> str | None:
-    """The module that `python -m` runs; None where a file is run.
+    """The module that `python -m` runs; None if a file is run.
 
     `sys.argv[0]` is compared with the file of `__main__`, because programs that run ours within their own process (test
     runners, debuggers) put the name of ours there.
@@ -146,7 +147,8 @@ def cpu_name() -> str:
 
 
 def own_version(package: Path) -> str | None:
-    """The version of universal-gcl whose package folder this is: a checkout's by its setup.cfg, else the installed."""
+    """The version of universal-gcl in this package folder. A checkout states it in its setup.cfg, an installation in
+    its metadata."""
     if is_own_source(package.parent):
         return read_setup(package.parent).get("metadata", "version", fallback=None)
     try:
@@ -156,12 +158,12 @@ def own_version(package: Path) -> str | None:
 
 
 def is_own_source(folder: Path) -> bool:
-    """Whether a folder is the root of this project's source, which its setup.cfg says."""
+    """Whether a folder is the root of this project's source, according to its setup.cfg."""
     return read_setup(folder).get("metadata", "name", fallback=None) == DISTRIBUTION
 
 
 def read_setup(folder: Path) -> configparser.ConfigParser:
-    """The folder's setup.cfg; empty where there is none or it can't be parsed."""
+    """The folder's setup.cfg; empty if there is none or it can't be parsed."""
     parser = configparser.ConfigParser(interpolation=None)
     try:
         parser.read(folder / "setup.cfg", encoding="utf-8")
@@ -176,7 +178,7 @@ def git_state(package: Path, leave_out: Sequence[str] = ()) -> dict[str, Any]:
 
     The package may also be installed inside another repository: in a user's virtual environment, or as a copy. That
     repository's commit says nothing about this code. So the repository must be a checkout of this project: its root
-    holds our setup.cfg beside the package, and git tracks the package's files.
+    has our setup.cfg next to the package, and git tracks the package's files.
 
     Args:
         package: folder of `universal_gcl`.

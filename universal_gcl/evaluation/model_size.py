@@ -4,8 +4,6 @@ from typing import Any
 
 from modeling_gcl import GCLModel, GCLProcessor
 
-_UNLIMITED = 10**6  # tokenizers without a limit give one of 10^30
-
 
 def model_size(model: GCLModel, processor: GCLProcessor) -> dict[str, Any]:
     """
@@ -17,15 +15,14 @@ def model_size(model: GCLModel, processor: GCLProcessor) -> dict[str, Any]:
         - `n_parameters`;
         - `n_embedding_parameters`: those of the token embeddings;
         - `memory_usage_mb`: memory of the parameters in their dtype, in MiB;
-        - `max_tokens`: the longest text, None without a limit;
+        - `max_tokens`: the longest text, None if there is no limit;
         - `embed_dim`.
     """
     parameters = list(model.parameters())
-    max_tokens = processor.max_text_length or processor.tokenizer.model_max_length
     return {
         "n_parameters": sum(parameter.numel() for parameter in parameters),
         "n_embedding_parameters": sum(table.numel() for table in model.get_input_embeddings().parameters()),
         "memory_usage_mb": sum(parameter.numel() * parameter.element_size() for parameter in parameters) / 2**20,
-        "max_tokens": max_tokens if max_tokens < _UNLIMITED else None,
+        "max_tokens": processor.max_tokens,
         "embed_dim": model.config.projection_dim,
     }

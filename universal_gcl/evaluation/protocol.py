@@ -28,7 +28,7 @@ class HubDataset:
     """The data set of the Hub that a benchmark is, for the Hub's evaluation results (`.eval_results/*.yaml`).
 
     Attributes:
-        id: of the data set, e.g. `"TIGER-Lab/M-BEIR"`.
+        id: the id of the data set, e.g. `"TIGER-Lab/M-BEIR"`.
         revision: the commit that was measured, if the run names it.
         pools: pool → suffix of its file's name. Figures of other pools are parts of these and aren't written.
         task_prefix: stands before a line's task in the data set's own name of the task.
@@ -116,7 +116,7 @@ class Protocol(ABC):
             runs: name → run of this benchmark; two or more.
 
         Raises:
-            ValueError: fewer than two runs, or runs that aren't comparable; what differs is named.
+            ValueError: there are fewer than two runs, or they aren't comparable. The message says in what they differ.
         """
         measured = {name: self.measured(run) for name, run in runs.items()}
         return comparison_markdown(measured) if markdown else comparison_table(measured)

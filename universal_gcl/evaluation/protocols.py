@@ -56,8 +56,8 @@ def read_runs(paths: Mapping[str, Path]) -> tuple[Protocol, dict[str, dict]]:
         the protocol that they share, and name → run.
 
     Raises:
-        ValueError: runs of different benchmarks, or as `read_run`.
-        OSError: as `read_run`.
+        ValueError: the runs belong to different benchmarks; see also `read_run`.
+        OSError: see `read_run`.
     """
     runs = {name: read_run(path) for name, path in paths.items()}
     (first, one), *others = runs.items()

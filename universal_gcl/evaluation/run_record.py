@@ -1,4 +1,4 @@
-"""What a training run leaves: how it was run, on which data, what it cost and what it changed.
+"""The record of a training run: how it was run, on which data, what it cost and what it changed.
 
 Training fills a [`RunRecord`]; `results.json` and the model card are made from it. So training and publishing need not
 know each other.
@@ -33,7 +33,7 @@ class RunRecord:
 
         encoder: the model that training started from, a Hub id or a folder.
         base_revision: commit of `encoder` on the Hub, if known.
-        licence: of the trained weights, as the Hub spells it.
+        licence: the licence of the trained weights, as the Hub spells it.
         parameters: part → `{"parameters", "trained"}`, what `training.freezing.parameter_counts` returned.
         size: what `evaluation.model_size.model_size` returned.
         matryoshka_dims: dimensions that the embeddings were trained to be cut to, in falling order.
@@ -42,13 +42,13 @@ class RunRecord:
         loss_citation: BibTeX entry of the loss, "" if it has none.
 
         train_data: the training sources.
-        eval_data: the evaluation pairs, None without any.
-        languages: of the captions, ISO 639 codes.
+        eval_data: the evaluation pairs; None if there are none.
+        languages: ISO 639 codes of the captions' languages.
         broken_images: images that could not be read in training, each as "source, pair id: what is wrong".
 
         train_runtime: seconds of training, without evaluation and saving.
         peak_memory: bytes, the largest amount that training held at once.
-        before, after: the nine-way results, None where they were not measured.
+        before, after: the nine-way results; None if they were not measured.
         log_history: the log entries of the run.
     """
 

@@ -31,7 +31,7 @@ class Session:
     Args:
         model: folder or Hub id of a GCL checkpoint or any dual encoder.
         out: folder for everything that is written; None to write nothing (`embed` and `write` need one).
-        variant: see above.
+        variant: see the docstring of this module.
         centre_on: calibration pairs of `centring` (folder, file or Hub id), never the pairs that are searched; without
             them, the means stored in the checkpoint are used.
         revision: branch, tag or commit of a model on the Hub.
@@ -44,7 +44,7 @@ class Session:
         is_main: whether this process scores and writes. All processes embed.
 
     Raises:
-        ValueError: an unknown variant, or centring without means.
+        ValueError: the variant is unknown, or there are no means for centring.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Session:
         """Embed rows `(id, row)` into `OUT/embeddings/NAME`, or continue an earlier call. All processes call this.
 
         Raises:
-            ValueError: the session has no folder; else as `retrieval.embed.embed_rows`.
+            ValueError: the session has no folder; see also `retrieval.embed.embed_rows`.
         """
         return embed_rows(
             self.model,
@@ -151,7 +151,7 @@ def parse_variant(variant: str) -> tuple[str | None, bool]:
     """The fusion rule that a variant asks for (None: the checkpoint's own), and whether it centres.
 
     Raises:
-        ValueError: an unknown variant, or parts that exclude each other.
+        ValueError: the variant is unknown, or its parts exclude each other.
     """
     parts = variant.split("+")
     unknown = [part for part in parts if part not in VARIANTS]

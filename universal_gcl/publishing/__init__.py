@@ -1,1 +1,1 @@
-"""What turns weights and results into folders others can load: converters, model cards, Hub folders."""
+"""Model cards, and complete model folders that can be pushed to the Hub."""

@@ -27,7 +27,7 @@ TOLERANCE = 1e-5  # largest difference of a coordinate of a unit vector, in floa
 def save_with_adapter(
     folder: str | Path, peft_model: "PeftModel", processor: GCLProcessor, base_checksums: dict[str, str]
 ) -> GCLModel:
-    """Saves a trained adapter and the merged model, loads both again and compares their embeddings with the trained
+    """Save a trained adapter and the merged model, load both again, and compare their embeddings with the trained
     model's.
 
     Args:
@@ -69,7 +69,7 @@ def save_with_adapter(
 
 
 def merge_adapter(adapter: str | Path, out: str | Path, base: str | None = None, revision: str | None = None) -> Path:
-    """Merges an adapter with its base and saves the model as a GCL folder.
+    """Merge an adapter with its base and save the model as a GCL folder.
 
     Args:
         adapter: folder of an adapter that training saved.

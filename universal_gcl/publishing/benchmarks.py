@@ -1,5 +1,6 @@
-"""Benchmarks on a model card: results of `gcl evaluate`, checked to be those of this very model, as tables, as a model
-index, and as the Hub's evaluation results, `.eval_results/*.yaml` (https://huggingface.co/docs/hub/eval-results).
+"""Puts the results of `gcl evaluate` on a model card, after a check that they belong to the same model. They become
+tables, a model index, and the Hub's evaluation results, `.eval_results/*.yaml`
+(https://huggingface.co/docs/hub/eval-results).
 
 Such a file names a data set of the Hub and one of its tasks. So it is written only for benchmarks that are a data set
 with named tasks: M-BEIR, MMEB and MixBench. The Hub ranks the figures if that data set is registered as a benchmark.
@@ -30,21 +31,21 @@ def read_benchmark(path: str | Path, fingerprint: dict) -> dict:
 
     Args:
         path: `results.json`, or the folder that holds it.
-        fingerprint: of the model whose card it is.
+        fingerprint: the fingerprint of the model whose card it is.
 
     Raises:
-        ValueError: the file holds no such results, or results of a part of the data (`--limit`), of another model, or
-            of an unnamed one.
+        ValueError: the file has no such results, or it has results of a part of the data (`--limit`), of another model,
+            or of an unknown model.
         OSError: there is no such file.
     """
     path = results_file(path)
     run = read_run(path)
     if "train_runtime" in run:
-        raise ValueError(f"{path} is of a training run, whose card already has its results")
+        raise ValueError(f"{path} was written by a training run, and the card of that run already has its results")
     if run.get("limit") is not None:
         raise ValueError(
-            f"{path} is a smoke run on the first {run['limit']} queries (--limit), which a card doesn't show: measure "
-            "all of them"
+            f"{path} is a smoke run on the first {run['limit']} queries (--limit). A card doesn't show such results: "
+            "measure all queries"
         )
     if "fingerprint" not in run:
         raise ValueError(
@@ -52,7 +53,7 @@ def read_benchmark(path: str | Path, fingerprint: dict) -> dict:
         )
     if not same_model(run["fingerprint"], fingerprint):
         raise ValueError(
-            f"{path} is of another model, {describe_model(run['fingerprint'])}, than this folder's, "
+            f"{path} has results of another model: {describe_model(run['fingerprint'])}, but this folder has "
             f"{describe_model(fingerprint)}. A --variant other than plain also counts as another model"
         )
     try:
@@ -123,12 +124,12 @@ def eval_result_files(runs: list[dict], repo_id: str | None) -> dict[str, str]:
     The Hub's evaluation results.
 
     Args:
-        runs: as `read_benchmark` returns them.
-        repo_id: of the model; None for a model that is not on the Hub, whose results have no source.
+        runs: runs from `read_benchmark`.
+        repo_id: the Hub id of the model. None if it is not on the Hub; its results then have no source.
 
     Returns:
-        path → YAML; one file per pool, since a task of a data set can have only one figure in a file. Empty, with a
-        warning, if the installed huggingface_hub doesn't support evaluation results.
+        path → YAML. There is one file per pool, because a file can have only one figure for each task of a data set.
+        Empty, with a warning, if the installed huggingface_hub doesn't support evaluation results.
     """
     files = {}
     for run in runs:

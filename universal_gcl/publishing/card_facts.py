@@ -34,7 +34,7 @@ class DataSource:
         skipped: number of pairs that were left out because their image was missing or broken.
         name: configuration of a Hub data set.
         revision: commit of a Hub data set, or version or checksum of a local file.
-        licence: of the data, if known.
+        licence: the licence of the data, if known.
         on_hub: whether `source` is a data set on the Hub.
     """
 
@@ -62,10 +62,10 @@ class CardFacts:
         environment: what `evaluation.environment.collect_environment` returned.
         size: what `evaluation.model_size.model_size` returned.
         matryoshka_dims: dimensions that embeddings were trained to be cut to, in falling order; empty if none.
-        licence: of the weights, as the Hub spells it: "apache-2.0", "cc-by-sa-4.0", ..., "other". Only a conversion may
-            have None: then the original's licence holds.
+        licence: the licence of the weights, as the Hub spells it: "apache-2.0", "cc-by-sa-4.0", ..., "other". Only a
+            conversion may have None: then the original's licence holds.
         licence_note: a sentence on other terms that bind the user, e.g. the licence of the training data.
-        languages: of the captions, ISO 639 codes; empty if not known.
+        languages: ISO 639 codes of the captions' languages; empty if not known.
         pictures: name (see `model_card.PICTURES`) → path relative to the card's folder.
 
         conversion: for a conversion, what was done, in a sentence or two. The fields below it, except `benchmarks`,
@@ -76,9 +76,9 @@ class CardFacts:
         recipe: the recipe as run, with its overrides (`model`, `data`, `training`).
         training_arguments: name → value of the hyper-parameters for the table (learning rate, batch size, ...).
         data: training sources; dicts with the fields of `DataSource` are accepted.
-        train_runtime: seconds.
-        trained_parameters: how many were trained.
-        seed: of the training run.
+        train_runtime: seconds of training.
+        trained_parameters: number of trained parameters.
+        seed: the seed of the training run.
         eval_data: the evaluation pairs. Give it together with `results_after`, or give neither.
         results_before, results_after: what `evaluation.pairs.measure.evaluate_pairs` returned; the first is optional.
         adapter_base: the model that the LoRA adapter in `adapter/` was trained on, Hub id or folder; None without one.

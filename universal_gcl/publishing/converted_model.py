@@ -20,7 +20,7 @@ def save_converted_model(
     licence: str | None = None,
     licence_note: str = "",
 ) -> Path:
-    """Writes everything that `AutoModel`, `AutoProcessor` and `SentenceTransformer` load, and the model card.
+    """Write everything that `AutoModel`, `AutoProcessor` and `SentenceTransformer` load, and the model card.
 
     The folder appears whole or not at all.
 

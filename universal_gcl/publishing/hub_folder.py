@@ -53,8 +53,8 @@ def write_hub_folder(
     Each file appears whole or not at all. An older card and the benchmarks of its model are removed first.
 
     Args:
-        folder: already holds `config.json` and the weights.
-        facts: for the card; its `pictures` are set here.
+        folder: a folder that already has `config.json` and the weights.
+        facts: the facts for the card. Its `pictures` are set here.
         recipe_text: YAML of the recipe as run.
         results: written to `results.json` as they are; rates in 0..1. `before` and `after` are those of the facts.
         pictures: name (see `model_card.PICTURES`) → an image file, in the folder or elsewhere.
@@ -102,9 +102,9 @@ def write_conversion(
     """Complete a folder that a converter wrote with `save_model_folder`.
 
     Args:
-        folder: already holds the model.
+        folder: a folder that already has the model.
         out: the folder that it will be moved to.
-        model, processor: what the folder holds.
+        model, processor: the model and the processor in the folder.
         base_model, conversion, base_model_ids, licence, licence_note: see `CardFacts`.
     """
     write_card(
@@ -193,18 +193,18 @@ def rewrite_card(
     Rewrite the card from what the folder holds and from the arguments.
 
     Args:
-        folder: of the model.
+        folder: the folder of the model.
         repo_id: id on the Hub, for the snippets and the title; None keeps the present one.
         results: files of `gcl evaluate` to show. They are copied to `benchmarks/` and replace older results of the same
             benchmark.
-        licence: of the weights, as the Hub spells it; None keeps the present one.
+        licence: the licence of the weights, as the Hub spells it; None keeps the present one.
 
     Returns:
         Path of the card.
 
     Raises:
         ValueError: the folder has no facts, its card was changed by hand, or the results belong to another model (see
-            `publishing.benchmarks.read_benchmark`). Nothing has changed then.
+            `publishing.benchmarks.read_benchmark`). In that case nothing has changed.
     """
     facts = read_facts(folder)
     if (folder / "README.md").is_file() and is_edited(folder):
@@ -240,7 +240,7 @@ def files_for(folder: Path, repo_id: str, base_id: str | None = None) -> dict[st
     is.
 
     Args:
-        folder: of the model.
+        folder: the folder of the model.
         repo_id: the id to push to.
         base_id: Hub id of the adapter's base.
     """
@@ -260,7 +260,7 @@ def files_for(folder: Path, repo_id: str, base_id: str | None = None) -> dict[st
 
 
 def local_name(folder: str | Path) -> str:
-    """A folder's name in snippets: with a slash, because mteb takes a bare name for something else."""
+    """The name of a folder in code examples. It has a slash, because mteb would take a bare name for something else."""
     name = Path(folder).as_posix()
     return name if "/" in name else f"./{name}"
 
@@ -294,7 +294,7 @@ def json_text(value: Any, name: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it appears whole or not at all."""
+    """Write a file, which appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", newline="\n")
     os.replace(partial, path)

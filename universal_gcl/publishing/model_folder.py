@@ -11,7 +11,7 @@ from universal_gcl.publishing.sentence_transformers_files import write_sentence_
 def save_model_folder(
     folder: str | Path, model: GCLModel, processor: GCLProcessor, state_dict: dict[str, torch.Tensor] | None = None
 ) -> None:
-    """Writes everything that `AutoModel`, `AutoProcessor` and `SentenceTransformer` need to load the model.
+    """Write everything that `AutoModel`, `AutoProcessor` and `SentenceTransformer` need to load the model.
 
     Args:
         folder: folder to write into; it is made if absent, and files with the same names are replaced.

@@ -56,7 +56,7 @@ def push_folder(
     adapter_base_id: str | None = None,
     token: str | None = None,
 ) -> str:
-    """Pushes a folder that training or a converter saved.
+    """Push a folder that training or a converter saved.
 
     Args:
         folder: the folder; see `check_folder`.
@@ -74,9 +74,10 @@ def push_folder(
     Raises:
         ValueError: the folder is no model folder or lacks files; there is no token, or it may not write there; the Hub
             refuses the model card; the adapter was trained on another base than the one on the Hub; somebody else has
-            pushed to the repository. No file has changed in `repo_id` then, but a new repository may be left empty, and
-            the adapter's base may have been pushed.
-        ConnectionError: the Hub could not be reached, or failed, ATTEMPTS times; otherwise the same.
+            pushed to the repository. In all these cases, no file in `repo_id` has changed, but a new repository may be
+            left empty, and the adapter's base may have been pushed.
+        ConnectionError: the Hub could not be reached or failed, ATTEMPTS times. What has changed is the same as after a
+            ValueError.
     """
     folder = Path(folder)
     check_folder(folder)
@@ -123,7 +124,7 @@ def _files(folder: Path, repo_id: str, base_id: str | None = None) -> dict[str, 
 
 
 def _check_card(card: Path | bytes) -> None:
-    """Checks that huggingface_hub can read the card. `create_commit` asks the Hub too, before it uploads anything."""
+    """Check that huggingface_hub can read the card. `create_commit` asks the Hub too, before it uploads anything."""
     text = card.decode() if isinstance(card, bytes) else card.read_text(encoding="utf-8")
     try:
         ModelCard(text)
@@ -181,7 +182,7 @@ def _with_base(adapter: Path, base_id: str) -> bytes:
 
 
 def check_folder(folder: Path) -> None:
-    """Checks that a folder can be pushed.
+    """Check that a folder can be pushed.
 
     Raises:
         ValueError: the folder is no GCL checkpoint, lacks weights or a model card, or holds damaged or partly written
@@ -232,7 +233,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_may_push(repo_id: str, token: str | None = None) -> str:
-    """Asks the Hub whether the token may push to the owner of `repo_id`. Call it before hours of training.
+    """Ask the Hub whether the token may push to the owner of `repo_id`. Call it before hours of training.
 
     Returns:
         The token to push with.
@@ -256,10 +257,10 @@ def check_may_push(repo_id: str, token: str | None = None) -> str:
 
 
 def _retry(call: Callable[[], Result], repo_id: str) -> Result:
-    """Calls until the network and the Hub work, at most ATTEMPTS times; returns the result.
+    """Call until the network and the Hub work, at most ATTEMPTS times. Return the result.
 
     Raises:
-        ValueError: the Hub refuses, so that another attempt would be useless.
+        ValueError: the Hub refuses, so another attempt would be useless.
         ConnectionError: every attempt failed.
     """
     wait = FIRST_WAIT

@@ -23,14 +23,14 @@ from universal_gcl.retrieval.adapters import weight_checksums
 
 
 def write_base(folder: Path, model: GCLModel, processor: GCLProcessor, *, encoder: str, licence: str) -> None:
-    """The model that an adapter is about to be trained on, as a folder of its own.
+    """Save the model that an adapter is about to be trained on as a folder of its own.
 
     Args:
         folder: created if absent.
-        model: as it is before training.
-        processor: the model's.
-        encoder: what the model was made from, a Hub id or a folder.
-        licence: of the weights, as the Hub spells it.
+        model: the model before training.
+        processor: the processor of the model.
+        encoder: the Hub id or folder from which the model was made.
+        licence: the licence of the weights, as the Hub spells it.
     """
     save_model_folder(folder, model, processor)
     name = shown_name(encoder)
@@ -52,21 +52,22 @@ def save_trained(folder: Path, model: Any, processor: GCLProcessor, accelerator:
 
     Args:
         folder: created if absent; files of an earlier run are replaced.
-        model: as trained, a `GCLModel` or a `peft.PeftModel` over one. An adapter is saved too, and merged.
-        processor: the model's.
-        accelerator: gathers weights that are shared out to processes.
+        model: the trained model, a `GCLModel` or a `peft.PeftModel` around one. An adapter is saved, and also merged.
+        processor: the processor of the model.
+        accelerator: gathers weights that are sharded over processes.
 
     Returns:
-        The model that was saved: with LoRA the merged one, so that what is measured next is what was saved.
+        The model that was saved. With LoRA it is the merged one. Measure this model, because it is the one that users
+        load.
     """
     if not hasattr(model, "peft_config"):
-        weights = accelerator.get_state_dict(model)  # on every process: shared weights are gathered
+        weights = accelerator.get_state_dict(model)  # on every process: sharded weights are gathered
         if accelerator.is_main_process:
             # an earlier run's adapter belongs to other weights
             shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)
             save_model_folder(folder, model, processor, state_dict=weights)
         return model
-    # without the autocast that mixed precision puts around forward: in it, nothing is equal to 1e-5
+    # remove the autocast that mixed precision puts around forward: it makes larger errors than the tolerance of 1e-5
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if accelerator.is_main_process:
         checksums = weight_checksums(model.peft_config["default"].base_model_name_or_path)
@@ -75,7 +76,7 @@ def save_trained(folder: Path, model: Any, processor: GCLProcessor, accelerator:
 
 
 def write_run_folder(folder: Path, record: RunRecord, pictures: dict[str, Path]) -> Path:
-    """Completes the folder that `save_trained` wrote: recipe, results, pictures, data, environment, model card."""
+    """Complete the folder that `save_trained` wrote: recipe, results, pictures, data, environment, model card."""
     return write_hub_folder(
         folder,
         facts=card_facts(record, folder),
@@ -118,7 +119,7 @@ def data_source(source: ReadSource, broken_images: list[str] | None = None) -> D
     """What the card says about one source.
 
     Args:
-        source: as read.
+        source: the source and what was read from it.
         broken_images: the images of any source that training could not read, each "source, pair id: what is wrong".
     """
     arguments, report = source.arguments, source.report

@@ -20,7 +20,7 @@ METHODS = {"text": "get_text_features", "image": "get_image_features", "image+te
 
 
 def write_sentence_transformers_files(folder: str | Path, processor: GCLProcessor) -> None:
-    """Writes `modules.json`, `sentence_bert_config.json` and `config_sentence_transformers.json`.
+    """Write `modules.json`, `sentence_bert_config.json` and `config_sentence_transformers.json`.
 
     The model itself does fusion, text pooling and centring. The files set the padding, because sentence-transformers
     would otherwise pad to the longest text, which is wrong for towers trained with texts of full length. The processor

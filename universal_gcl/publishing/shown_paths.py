@@ -26,7 +26,7 @@ def absolute_paths(value: Any) -> set[str]:
 
 
 def without_paths(text: str, paths: set[str]) -> str:
-    """A text in which each of these paths is cut to its last part, also where a longer path starts with it."""
+    """The text with each of these paths cut to its last part, also where it is the start of a longer path."""
     for path in sorted(paths, key=len, reverse=True):  # paths inside others first
         name = shown_name(path).replace("\\", r"\\")  # in a replacement, a backslash is special
         text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w-])", name, text)

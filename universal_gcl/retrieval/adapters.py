@@ -62,10 +62,12 @@ def load_adapter(folder: str | Path, base: str | None = None, revision: str | No
     folder = Path(folder)
     base = base or adapter_base(folder)
     if Path(base).is_absolute() and not Path(base).is_dir():
-        raise ValueError(f"{base}, the base of the adapter in {folder}, is not there: give its present folder")
+        raise ValueError(
+            f"{base}, the base of the adapter in {folder}, does not exist: give its present folder or Hub id"
+        )
     expected = read_base_checksums(folder)
     if expected != weight_checksums(base, revision):
-        raise ValueError(f"the adapter in {folder} is for another base than {base}: their weight files differ")
+        raise ValueError(f"the adapter in {folder} was trained on another base than {base}: the weight files differ")
     model = GCLModel.from_pretrained(base, revision=revision, dtype=torch.float32)
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder))
@@ -79,7 +81,7 @@ def check_adapter_weights(folder: str | Path, peft_model: "PeftModel") -> None:
     """Check that the file of an adapter has the same keys and values as the adapter in memory.
 
     Raises:
-        ValueError: it has not.
+        ValueError: they differ.
     """
     saved, held = check_adapter_keys(folder, peft_model)
     wrong = [name for name, tensor in saved.items() if not torch.equal(tensor, held[name].detach().cpu())]

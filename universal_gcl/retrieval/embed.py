@@ -77,7 +77,7 @@ def embed_rows(
     Raises:
         ValueError: there are no rows, an id occurs twice, a row has nothing to embed (the message names its id), or the
             folder has embeddings of another model, of other rows, or with other options.
-        ImageError, VideoError: (ValueErrors) an image or video can't be read. The message names the id of the row.
+        ImageError, VideoError: (both ValueErrors) an image or video can't be read. The message names the id of the row.
         FloatingPointError: an embedding has NaN or infinite numbers. The message names the id of the row.
     """
     if on_error not in ("raise", "skip"):
@@ -275,7 +275,7 @@ class _Job:
             if self.on_error == "raise":
                 raise type(error)(f"row {name!r}: {why}") from error
             return why
-        raise RuntimeError(f"row {name!r} could not be read at first, but at the second attempt: embed again")
+        raise RuntimeError(f"row {name!r} could not be read at first, but could at the second attempt: embed again")
 
 
 def _finish(

@@ -1,4 +1,4 @@
-"""Writes a new folder so that it is complete or absent, and existing files are never touched."""
+"""Writes a new folder that is either complete or absent. Existing files are never touched."""
 
 import shutil
 import tempfile

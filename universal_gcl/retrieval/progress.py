@@ -39,7 +39,7 @@ class Progress:
             self._write_line()
 
     def update(self, count: int) -> None:
-        """Say that `count` more units are done."""
+        """Report that `count` more units are done."""
         self.done += count
         self.bar.update(count)
         if self.lines and time.monotonic() - self.last_line >= _SECONDS_BETWEEN_LINES:

@@ -62,7 +62,7 @@ def check_inputs(queries: Matrix, candidates: Matrix, k: int, chunk_size: int) -
     """Check the arguments of `exact_top_k`, and return the queries as a tensor and the candidates with a shape.
 
     Raises:
-        ValueError: as `exact_top_k`, except for NaN and infinite numbers, which are not looked for.
+        ValueError: see `exact_top_k`. This does not look for NaN and infinite numbers.
     """
     queries = as_tensor(queries)
     candidates = candidates if hasattr(candidates, "shape") else np.asarray(candidates)
@@ -152,7 +152,7 @@ def keys_of(scores: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 def scores_and_indices(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The float32 scores and int64 indices of which `keys_of` made the keys."""
+    """The float32 scores and int64 indices from which `keys_of` made the keys."""
     ordered = keys >> 32
     scores = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).to(torch.int32).view(torch.float32)
     return scores, _INDEX_MASK - (keys & _INDEX_MASK)

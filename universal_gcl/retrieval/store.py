@@ -32,8 +32,8 @@ class Store:
     Attributes:
         folder: the folder of the store.
         manifest: the content of `manifest.json`.
-        vectors: (M, D) `Vectors` in float16, one for each different content. A content is sorted by the smallest id of
-            the rows that have it.
+        vectors: (M, D) `Vectors` in float16, one for each different content. The contents are sorted by the smallest id
+            of the rows that have them.
         rows: (N,) int64, the index of each row's vector, or -1 for a row without one.
 
     Raises:
@@ -194,7 +194,7 @@ def _damaged(path: Path, error: Exception) -> ValueError:
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
-    Write a file so that it is complete or absent, also after a kill or a power failure.
+    Write a file that is either complete or absent, also after a kill or a power failure.
 
     Args:
         path: the file. An existing one is replaced.

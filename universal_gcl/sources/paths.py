@@ -22,7 +22,7 @@ def path_inside(
 
     Args:
         root: the folder. It need not exist.
-        name: the path as the data set has it.
+        name: the path in the data set.
         place: file and row of the path, for the error message.
         remedy: what the user can do about a path outside the root, for the error message.
 

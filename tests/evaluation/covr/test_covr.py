@@ -286,7 +286,7 @@ GOOD = "pth1,pth2,edit,scores\na/1,a/2,x,[]\n"
         (GOOD + "a/..\\..\\b,a/3,x,[]\n", "line 3: pth1 must be folder/id"),
         (GOOD + "a/3,a/3,x,[]\n", "line 3: the target is the query's own video, a/3"),
         (GOOD + "a/1,a/2,y,[]\n", "line 3: line 2 has the same target, a/2; keep one of them"),
-        (GOOD + "a/1,a/3, !! ,[]\n", "line 3: no word is left of the edit ' !! '"),
+        (GOOD + "a/1,a/3, !! ,[]\n", "line 3: the edit ' !! ' has no words after cleaning"),
         ((GOOD + "a/1,a/3,\udce9,[]\n"), "line 3: not UTF-8"),
     ],
 )

@@ -23,7 +23,7 @@ def compare(
 
 
 def compare_variants(out: Path, variants: Sequence[str] | None) -> None:
-    """Compare the runs OUT/VARIANT, if there are several: the end of a benchmark's command, on process 0."""
+    """Compare the runs OUT/VARIANT, if there are several. Process 0 calls this at the end of a benchmark's command."""
     if variants is not None and len(variants) > 1:
         _show({variant: out / variant for variant in variants}, out)
 

@@ -64,11 +64,11 @@ def sessions(model: str, out: Path | None, variants: list[str] | None, **options
 
     Args:
         out: folder of the session; with several variants, each has the folder OUT/VARIANT.
-        options: of `Session`. `centre_on` goes to the variants that centre.
+        options: keyword arguments of `Session`. Only the variants that centre get `centre_on`.
 
     Raises:
-        ValueError: a variant is repeated, unknown, or needs an option that is absent; `centre_on` without a variant
-            that centres.
+        ValueError: a variant is repeated or unknown, or needs an option that is absent; or `centre_on` is given without
+            a variant that centres.
     """
     from universal_gcl.evaluation.session import Session, parse_variant
 
@@ -99,7 +99,7 @@ def measure_variants(
         protocol: the benchmark's name.
         out, options: as for `sessions`.
         measure: session → the result on process 0, None on the others.
-        settings: of the benchmark, written to `results.json` together with those of the session.
+        settings: the settings of the benchmark. They are written to `results.json` together with those of the session.
 
     Each run's folder gets `results.json` and its tables in `table.md`; with several variants, `out` gets the
     comparison.

@@ -46,7 +46,7 @@ class Videos:
         return {"videos": str(self.root), "squash": None}
 
     def missing(self, role: str, video: str) -> str | None:
-        """The file that doesn't exist, as a message; None if it exists."""
+        """A message if the video's file does not exist, otherwise None."""
         path = self._path(video)
         return None if path.is_file() else f"{path}: no such file"
 
@@ -81,7 +81,7 @@ class Frames:
         return {"frames": str(self.root), "squash": None} if self.made is None else self.made
 
     def missing(self, role: str, video: str) -> str | None:
-        """The folder that doesn't exist or is empty, as a message; None if it has images."""
+        """A message if the video's folder does not exist or has no images, otherwise None."""
         return None if self._all(role, video) else f"{self.roots[role] / video}: no such folder, or no images in it"
 
     def files(self, role: str, video: str) -> list[Path]:
@@ -119,21 +119,22 @@ def extract_frames(
 ) -> dict[tuple[str, str], str]:
     """
     Write the frames that represent videos as PNG files, or continue where an earlier call ended. All processes of a
-    launch call this: they share the work.
+    launch must call this, because they share the work.
 
     Args:
         source: where the videos are.
         wanted: pairs of role and video, each once.
-        folder: created if absent; `Frames` describes what is in it. A frame of 596×336 takes about 0.3 MB.
+        folder: the folder to write, created if absent. `Frames` describes its contents. A frame of 596×336 takes about
+            0.3 MB.
         squash: side in pixels of a square to which each frame is resized (bicubic, without keeping its proportions).
         skip_unreadable: go on after a video that can't be read.
-        show_progress: on process 0.
+        show_progress: show the progress on process 0.
 
     Returns:
         on all processes: (role, video) → why, for the videos that can't be read.
 
     Raises:
-        ImageError, VideoError: (ValueErrors) a video can't be read; the file is named.
+        ImageError, VideoError: (both ValueErrors) a video can't be read. The message names the file.
         ValueError: the folder holds frames of another source or size, or other files; `squash` is below 1.
     """
     if squash is not None and squash < 1:
@@ -166,7 +167,7 @@ def extract_frames(
 
 
 def _claim(folder: Path, made: dict, processes: Processes) -> None:
-    """Mark the folder as that of these frames, or check that it is marked so."""
+    """Mark the folder as belonging to these frames, or check that it has this mark."""
     if processes.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         known = _read_made(folder)

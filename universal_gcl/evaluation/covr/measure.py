@@ -11,15 +11,15 @@ Frames are unit vectors, and the joint vector is normalised again. A target that
 similarity -10.
 
 Queries and gallery are ranked by `retrieval.search.exact_top_k`, as everywhere. They don't go through
-`benchmark.evaluate_tasks`, which searches what is stored: a joint vector is made from 15 stored ones, and would lose
-digits as float16; and the query's own video is excluded query by query.
+`benchmark.evaluate_tasks`, for two reasons. It searches stored vectors, but a joint vector is made from 15 stored ones
+and would lose digits in float16. And the query's own video must be excluded for each query.
 
 The run's folder gets `frames/` if they were extracted from videos, `embeddings/`, and `runs/WEIGHTING.safetensors` and
 `records/WEIGHTING.jsonl` as in `evaluation.benchmark`.
 
 Reference: CoVR (arXiv 2308.14746), https://github.com/lucas-ventura/CoVR at f335ebc: src/test/blip/webvid_covr.py and
-src/data/webvid_covr.py. Three things there are not reproduced, since they are not intended: target frames are BGR,
-unreadable videos are black, and equal similarities come in the order of an unstable sort.
+src/data/webvid_covr.py. Three things in that code are not reproduced, because they are not intended: target frames are
+BGR, unreadable videos are black, and equal similarities come in the order of an unstable sort.
 """
 
 from collections import Counter
@@ -54,10 +54,10 @@ def evaluate_covr(
     show_progress: bool = False,
 ) -> dict | None:
     """
-    Embed and score. All processes of a launch call this: they share the frames and the embedding.
+    Embed and score. All processes of a launch must call this, because they share the frames and the embedding.
 
     Args:
-        triplets: as `read_triplets` returns them.
+        triplets: triplets from `read_triplets`.
         source: where their videos are.
         embed: `(name, rows)` → the store of the rows; `Session.embed`, with the same `skip_unreadable`.
         out: folder of the run.
@@ -83,8 +83,8 @@ def evaluate_covr(
         - `source`: where the frames are from, and the side to which they were squashed.
 
     Raises:
-        ValueError: a video is missing, without `skip_unreadable`; or all are.
-        ImageError, VideoError: (ValueErrors) a video can't be read, without `skip_unreadable`.
+        ValueError: a video is missing, and `skip_unreadable` is off; or all videos are missing.
+        ImageError, VideoError: (both ValueErrors) a video can't be read, and `skip_unreadable` is off.
     """
     out = Path(out)
     unusable: dict[tuple[str, str], str] = {}  # (role, video) → why
@@ -199,7 +199,7 @@ def join_frames(embeds: np.ndarray, scores: Sequence[float] = ()) -> np.ndarray:
 
     Args:
         embeds: (F, D) unit vectors of its frames.
-        scores: of the frames; the weights are softmax(scores / 0.1). Equal weights if there are not F scores.
+        scores: the scores of the frames. The weights are softmax(scores / 0.1), or equal if there are not F scores.
 
     Returns:
         (D,) float64, unit norm.

@@ -12,7 +12,7 @@ def covr_table(result: Mapping, *, limit: int | None = None, markdown: bool = Fa
     """R@k, the paper's table 4 (measured with the mean of the frames), and what was not scored.
 
     Args:
-        result: of `evaluation.covr.measure.evaluate_covr`.
+        result: the result of `evaluation.covr.measure.evaluate_covr`.
         limit: the number of rows of a smoke run.
         markdown: for a file, else for a terminal.
     """

@@ -1,4 +1,4 @@
-"""The rows of WebVid-CoVR's test, `webvid8m-covr_test.csv`, checked, and the text that a query has of a row.
+"""Reads and checks the rows of WebVid-CoVR's test, `webvid8m-covr_test.csv`, and makes the text of a query.
 
 Reference: CoVR (arXiv 2308.14746), https://github.com/lucas-ventura/CoVR at f335ebc.
 """
@@ -53,9 +53,9 @@ def read_triplets(path: str | Path, limit: int | None = None) -> list[Triplet]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: with file and line, for a row that can't be parsed, a path that is not `folder/id`, an edit with no
-            words, scores that are not a list of numbers, a row whose target is its query, or a second row with the same
-            target (the official test keeps one of them).
+        ValueError: a row can't be parsed, a path is not `folder/id`, an edit has no words, the scores are not a list of
+            numbers, the target of a row is its query, or two rows have the same target (the official test keeps one of
+            them). The message names file and line.
     """
     path = Path(path)
     data = path.read_bytes()
@@ -104,7 +104,7 @@ def _triplet(place: str, line: int, row: Mapping[str, str]) -> Triplet:
             f"{place}: the target is the query's own video, {row['pth1']}, which is excluded from the search"
         )
     if not clean_edit(row["edit"]).strip():
-        raise ValueError(f"{place}: no word is left of the edit {row['edit']!r} after cleaning")
+        raise ValueError(f"{place}: the edit {row['edit']!r} has no words after cleaning")
     try:
         scores = json.loads(row.get("scores", "[]"))
         is_list = isinstance(scores, list) and all(type(score) in (int, float) for score in scores)

@@ -54,7 +54,7 @@ class OriginalFiles:
         """Place, qid and did of each line with a relevance above 0.
 
         Raises:
-            ValueError: with file and line, for a line of another form or text that is not UTF-8.
+            ValueError: a line has another form or is not UTF-8. The message names file and line.
         """
         path = self._qrels(task)
         for number, line in enumerate(text_lines(path), start=1):
@@ -68,7 +68,7 @@ class OriginalFiles:
                 yield place, fields[0], fields[2]
 
     def prompts(self, task: MBEIRTask) -> list[str]:
-        """A task's instructions; raises as `read_prompts`."""
+        """A task's instructions. The errors are those of `read_prompts`."""
         return read_prompts(self.root / "instructions" / "query_instructions.tsv", task)
 
     def _names(self, folder: str, end: str) -> list[str]:
@@ -93,8 +93,9 @@ class JsonlTable:
     Args:
         columns: names of id, modality, text and image.
 
-    Iteration raises ValueError, with file and line, for a line that is not a JSON object, missing keys, values of other
-    types, an unknown modality, and an image whose path leaves the root. Links inside the root may lead elsewhere.
+    Iteration raises a ValueError that names file and line if a line is not a JSON object, keys are missing, values have
+    other types, a modality is unknown, or the path of an image leaves the root. Links inside the root may lead
+    elsewhere.
     """
 
     def __init__(self, path: Path, root: Path, columns: tuple[str, str, str, str]):

@@ -49,8 +49,8 @@ def open_source(root: str | Path | None = None, hub: str | None = None) -> Origi
     """The files of M-BEIR, in either layout (`evaluation.mbeir.files`, `evaluation.mbeir.mirrors`).
 
     Raises:
-        ValueError: both root and hub, or neither.
-        FileNotFoundError: a folder with neither layout.
+        ValueError: both root and hub are given, or neither.
+        FileNotFoundError: the folder has neither layout.
     """
     if (root is None) == (hub is None):
         raise ValueError("give either a folder (root) or the owner of the data sets on the Hub (hub)")
@@ -78,15 +78,15 @@ def read_mbeir(
     Read all files that are needed, once. All pools take one core about two minutes, if the disk finds images quickly.
 
     Args:
-        tasks: as `evaluation.mbeir.tasks.choose_tasks` returns them. The global scope needs the pools of all 16 tasks,
-            whichever are chosen; for tasks that are not M-BEIR's, the pools of those chosen.
+        tasks: tasks from `evaluation.mbeir.tasks.choose_tasks`. The global scope always needs the pools of all 16
+            tasks. For tasks that are not M-BEIR's, it needs the pools of the chosen tasks.
         limit: only this many first queries of each task; a pool keeps as many first candidates, and all positives.
         instructions: put a prompt before the text of each query.
 
     Raises:
-        FileNotFoundError: missing files; all are named.
-        ValueError: with file and line, for files that are cut off or hold invalid values; queries without positives,
-            positives without a query or in no pool, and ids that several entries share.
+        FileNotFoundError: files are missing. The message names them all.
+        ValueError: a file is cut off or holds invalid values, a query has no positives, a positive has no query or is
+            in no pool, or several entries share an id. The message names file and line.
     """
     pooled = list(tasks) if "global" not in scopes or not set(tasks) <= set(TASKS) else list(TASKS)
     _refuse_absent(source, tasks, pooled)
@@ -134,17 +134,18 @@ def evaluate_mbeir(
     Args:
         tasks, scopes, limit: the same as for `read_mbeir`.
         embed, out, device: as for `evaluation.benchmark.evaluate_tasks`.
-        skip_unreadable: go on if images are missing; `embed` must do so too. A query without an embedding is a miss.
+        skip_unreadable: go on if images are missing. `embed` must do the same. A query without an embedding is a miss.
 
     Returns:
         on process 0, None on the others: the result of `evaluate_tasks`, and
         - for each task and scope, `paper_metric`: the metric that the paper reports, e.g. `"hit@5"`;
         - `average`: scope → plain mean of these over the tasks, in 0..1;
         - `images`: `{"rows": how many have an image, "missing": how many images are missing, "examples"}`;
-        - `empty`: as in `MBEIR`; `limit`: of a smoke run, else None.
+        - `empty`: as in `MBEIR`; `limit`: the limit of a smoke run, else None.
 
     Raises:
-        FileNotFoundError: images are missing, without `skip_unreadable`; the message has their number and some names.
+        FileNotFoundError: images are missing, and `skip_unreadable` is off. The message has their number and some
+            names.
     """
     if benchmark.missing and not skip_unreadable:
         examples = ", ".join(benchmark.missing[:_NAMED])

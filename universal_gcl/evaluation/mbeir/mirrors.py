@@ -34,7 +34,7 @@ class Mirrors:
         hub: user or organisation on the Hub that has the data sets.
 
     Attributes:
-        settings: for results; for the Hub with the commit of each data set that was read.
+        settings: the settings for results. For the Hub, they include the commit of each data set that was read.
     """
 
     def __init__(self, root: str | Path | None = None, hub: str | None = None):
@@ -84,7 +84,7 @@ class Mirrors:
         """A task's instructions, from `instructions/query_instructions.tsv` in the folder, or of `TIGER-Lab/M-BEIR`.
 
         Raises:
-            ValueError: as `evaluation.mbeir.files.read_prompts`.
+            ValueError: see `evaluation.mbeir.files.read_prompts`.
         """
         file = "instructions/query_instructions.tsv"
         if self.root is not None:
@@ -117,8 +117,8 @@ class Mirrors:
 class ParquetTable:
     """An `evaluation.mbeir.rows.Table` over a data set. The key of an entry is the number of its row.
 
-    Iteration raises ValueError, with the row, for an empty id, an unknown modality, and an image that is only a path:
-    the table doesn't say which folder it is relative to.
+    Iteration raises a ValueError that names the row if an id is empty, a modality is unknown, or an image is only a
+    path: the table doesn't say which folder it is relative to.
 
     Raises:
         ValueError: a column is missing, or the texts are not strings.

@@ -1,4 +1,4 @@
-"""M-BEIR, and data of one's own in its layout, for commands and cards."""
+"""M-BEIR, and your own data in its layout, for commands and cards."""
 
 from collections.abc import Mapping
 
@@ -72,7 +72,7 @@ class MBEIRProtocol(Protocol):
 
 
 def _is_published(run: Mapping) -> bool:
-    """Whether the tasks are M-BEIR's, not of data of one's own."""
+    """Whether the tasks are M-BEIR's and not a user's own."""
     from universal_gcl.evaluation.mbeir.tasks import TASKS
 
     return set(run["result"]["tasks"]) <= {task.name for task in TASKS}

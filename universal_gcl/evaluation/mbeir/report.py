@@ -23,7 +23,7 @@ def mbeir_table(result: dict, scope: str, *, markdown: bool = False) -> str:
     """The table of one scope.
 
     Args:
-        result: of `evaluation.mbeir.measure.evaluate_mbeir`.
+        result: the result of `evaluation.mbeir.measure.evaluate_mbeir`.
         markdown: for a file, else for a terminal.
 
     The paper's columns are shown if one of its tasks was measured, its average if all 16 were.

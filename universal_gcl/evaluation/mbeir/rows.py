@@ -60,7 +60,7 @@ class Rows(Sequence):
 
 
 def make_row(entry: Entry, prompts: Sequence[str] | None = None) -> dict:
-    """What is embedded: the image and the cleaned text, as far as the entry has them, since UniIR masks what is absent.
+    """The row to embed: the image and the cleaned text that the entry has. (UniIR masks a modality that is absent.)
     Empty if it has neither."""
     text = clean_text(entry.text) if prompts is None else instructed_text(prompts, entry.text, entry.id)
     row = {"image": entry.image} if entry.image is not None else {}
@@ -96,8 +96,8 @@ def scan(table: Table, keep: Callable[[int, str], bool], prompts: Sequence[str] 
         prompts: as for `Rows`.
 
     Raises:
-        ValueError: with file and line, for an entry whose only modality has no content and for a repeated id; a file
-            without entries.
+        ValueError: an entry has no content in its only modality, an id is repeated, or the file has no entries. The
+            message names file and line.
     """
     keys, hashes = array("q"), array("q")
     found = Scan(Rows(table, np.empty(0, np.int64), prompts), np.empty(0, np.int64))

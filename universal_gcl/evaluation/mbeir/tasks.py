@@ -103,8 +103,8 @@ def choose_tasks(names: Sequence[str] | None, tests: Sequence[str] = (), pools: 
             pool of its data set that has candidates of the same modality.
 
     Raises:
-        ValueError: a name that is not a task or is repeated; tasks of M-BEIR together with others, for which no global
-            pool is defined.
+        ValueError: a name is not a task or is repeated, or M-BEIR's tasks are chosen together with others, for which no
+            global pool is defined.
     """
     if not names:
         names = sorted(set(tests) - {task.name for task in TASKS})

@@ -1,4 +1,4 @@
-"""The base of the four metrics that `evaluate.load` finds, in the folders beside this file."""
+"""The base of the four metrics that `evaluate.load` finds, in the folders next to this file."""
 
 from abc import ABC, abstractmethod
 

@@ -30,12 +30,12 @@ class Items(Sequence):
     """Queries or documents as `(id, row)`, for `retrieval.embed.embed_rows`; images in a table are read when needed.
 
     Args:
-        ids, texts: of all items; a text may be None.
+        ids, texts: those of all items. A text may be None.
         images: for each item a file, True for an image in the table, or None.
         table: the data set that holds the images of items with True.
 
     Attributes:
-        modalities: of each item, `"i"`, `"t"` or `"it"`.
+        modalities: the modality of each item, `"i"`, `"t"` or `"it"`.
     """
 
     def __init__(
@@ -141,12 +141,12 @@ def read_subset(root: Path, name: str, *, qrels_root: Path | None = None, check_
     Args:
         root: folder with a folder for each subset.
         qrels_root: a folder laid out in the same way that holds the qrels; default: the root.
-        check_counts: refuse a subset with one of MixBench's names that has not the published size.
+        check_counts: refuse a subset that has one of MixBench's names, but not its published size.
 
     Raises:
-        DataError: (a ValueError) with file and line or row, for a file that is missing, cut off or of another form; a
-            repeated id; an item with neither text nor image; an image path outside its folder; qrels of an unknown
-            query or document; a query without a relevant document, or with several.
+        DataError: (a ValueError) a file is missing, cut off or of another form; an id is repeated; an item has neither
+            text nor image; the path of an image leaves its folder; the qrels name an unknown query or document; or a
+            query has no relevant document, or several. The message names the file, and the line or row.
     """
     if Path(name).name != name:
         raise DataError(f"{name!r} is not a subset: name a folder in {root}")
@@ -239,7 +239,7 @@ def _checked(
     places: list[str],
     table: datasets.Dataset | None = None,
 ) -> Items:
-    """The items, with string ids and None for empty texts; raises for what `read_subset` refuses in an item."""
+    """The items, with string ids and None for empty texts. Raises a DataError if `read_subset` must refuse an item."""
     if not ids:
         raise DataError(f"{path} has no rows")
     seen: dict[str, str] = {}

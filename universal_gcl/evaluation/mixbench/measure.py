@@ -30,10 +30,10 @@ def evaluate_mixbench(
     device: str = "cpu",
 ) -> dict | None:
     """
-    Embed, search and score. All processes of a launch call this: they share the embedding.
+    Embed, search and score. All processes of a launch must call this, because they share the embedding.
 
     Args:
-        subsets: as `evaluation.mixbench.data.read_subset` returns them.
+        subsets: subsets from `evaluation.mixbench.data.read_subset`.
         embed: `(name, rows)` → the store of the rows; `Session.embed`.
         out: folder for runs and records; see `evaluation.benchmark`.
         limit: only this many first queries of each subset; the corpus stays whole.
@@ -47,7 +47,7 @@ def evaluate_mixbench(
         - `mean`: plain mean of the subsets' nDCG@10; `limit`; `skipped` as in `evaluate_tasks`.
 
     Raises:
-        ValueError: as `evaluate_tasks` and `retrieval.embed.embed_rows`.
+        ValueError: see `evaluate_tasks` and `retrieval.embed.embed_rows`.
     """
     tasks, pools = [], {}
     for subset in subsets:

@@ -1,4 +1,4 @@
-"""MixBench, and data of one's own in its layout, for commands and cards."""
+"""MixBench, and your own data in its layout, for commands and cards."""
 
 from collections.abc import Mapping
 
@@ -60,7 +60,7 @@ class MixBenchProtocol(Protocol):
 
 
 def _is_published(run: Mapping) -> bool:
-    """Whether the subsets are MixBench's, not of data of one's own."""
+    """Whether the subsets are MixBench's and not a user's own."""
     return set(run["result"]["subsets"]) <= set(PUBLISHED)
 
 

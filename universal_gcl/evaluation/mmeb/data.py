@@ -63,7 +63,7 @@ class MMEBSet:
         candidates: M items, in the order of their first appearance.
         own: for each query the (n,) int64 places of its candidates in `candidates`; the first is the right one.
         first_seen: M pairs: the query in which a candidate first appears, and its place among that query's candidates.
-        images: of the whole set; None if it has no images.
+        images: the images of the whole set; None if it has no images.
     """
 
     name: str
@@ -201,11 +201,11 @@ def read_set(
         limit: only this many first queries.
 
     Raises:
-        DataError: (a ValueError) with file and row, if the set or a part of it is missing, a file is cut off, of the
-            other version or without rows, a query has no candidates or another number of texts than of paths, a path
-            leaves the folder of the images, or the images are not found. What is embedded is checked later: a candidate
-            with neither text nor image, a missing or damaged image.
-        ValueError: an unknown version, `instructions=False` with version 1, or a limit below 1.
+        DataError: (a ValueError) the set or a part of it is missing; a file is cut off, belongs to the other version or
+            has no rows; a query has no candidates, or another number of texts than of paths; a path leaves the folder
+            of the images; or the images are not found. The message names file and row. Candidates with neither text nor
+            image, and missing or damaged images, are only found when they are embedded.
+        ValueError: the version is unknown, `instructions` is False with version 1, or the limit is below 1.
     """
     if version not in HUB_IDS:
         raise ValueError(f"MMEB has versions 1 and 2, not {version}")
@@ -248,7 +248,8 @@ def read_set(
 
 
 def _table_rows(root: Path, name: str, version: int) -> Iterator[tuple[str, dict]]:
-    """The rows of a set, each with its place for error messages; in small batches, as a row may have many texts."""
+    """The rows of a set, each with its place for error messages. They are read in small batches, because a row may have
+    many texts."""
     for path in checked_files(root, name, version):
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
@@ -262,10 +263,10 @@ def _table_rows(root: Path, name: str, version: int) -> Iterator[tuple[str, dict
 
 
 def checked_files(root: Path, name: str, version: int) -> list[Path]:
-    """The parquet files of a set; of each only the schema is read.
+    """The parquet files of a set. Only their schemas are read.
 
     Raises:
-        DataError: files are missing, one is cut off, or one has not the columns of this version.
+        DataError: a file is missing, cut off, or lacks columns of this version.
     """
     parts = sorted((root / name).glob("test-*.parquet"))
     if not parts:

@@ -43,13 +43,14 @@ def evaluate_mmeb(
     limit: int | None = None,
 ) -> dict | None:
     """
-    Embed and score sets, one after the other. All processes of a launch call this: they share the embedding.
+    Embed and score sets, one after the other. All processes of a launch must call this, because they share the
+    embedding.
 
     Args:
         root, version, image_root, instructions, limit: as for `evaluation.mmeb.data.read_set`.
         embed: `(name, rows)` → the store of the rows; `Session.embed`.
         out: folder for the records.
-        sets: names, as `evaluation.mmeb.sets.chosen_sets` returns them.
+        sets: names from `evaluation.mmeb.sets.chosen_sets`.
 
     Returns:
         On process 0, None on the others:
@@ -62,8 +63,8 @@ def evaluate_mmeb(
         - `skipped`: store → `{id: why}` of rows without an embedding, for stores that have such rows.
 
     Raises:
-        ValueError: as `read_set` and `retrieval.embed.embed_rows`; the set is named. Files of all sets are checked
-            before anything is embedded.
+        ValueError: see `read_set` and `retrieval.embed.embed_rows`. The message names the set. The files of all sets
+            are checked before anything is embedded.
     """
     for name in sets:
         checked_files(Path(root), name, version)
@@ -116,7 +117,7 @@ def score_queries(queries: Store, candidates: Store, own: Sequence[np.ndarray]) 
         own: for each query the (n,) places of its candidates, the right one first.
 
     Returns:
-        one record for each query, as the module's docstring says.
+        one record for each query, as the docstring of this module describes it.
     """
     vectors = candidates.vectors[:]
     records = []

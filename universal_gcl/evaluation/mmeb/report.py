@@ -9,8 +9,8 @@ def mmeb_table(result: dict, *, markdown: bool = False) -> str:
     The paper's sets in its order, then the others by category, then the averages.
 
     Args:
-        result: of `evaluation.mmeb.measure.evaluate_mmeb`. The paper's columns are shown for version 1, which it
-            measured, if one of its sets was measured.
+        result: the result of `evaluation.mmeb.measure.evaluate_mmeb`. The paper's columns are shown if the result is of
+            version 1, as in the paper, and has one of the paper's sets.
         markdown: for a file, else for a terminal.
     """
     ours = {name: one["precision@1"] for name, one in result["sets"].items()}

@@ -53,7 +53,7 @@ def measure_tasks(
         figures that are finite, except mteb's `nauc_…`, which are in its own file.
 
     Raises:
-        ValueError, FloatingPointError: as `GCLEncoder.encode`.
+        ValueError, FloatingPointError: see `GCLEncoder.encode`.
     """
     measured = mteb.evaluate(
         encoder,  # type: ignore[arg-type]  # see `GCLEncoder.encode`

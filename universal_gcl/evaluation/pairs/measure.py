@@ -132,7 +132,7 @@ def evaluate_pairs(
     seed: int = 0,
     show_progress: bool = False,
 ) -> dict[str, Any]:
-    """`embed_pairs`, then `evaluate_embeddings`, which describe the arguments, the result and the errors."""
+    """Call `embed_pairs`, then `evaluate_embeddings`. These two describe the arguments, the result and the errors."""
     embeddings = embed_pairs(model, processor, pairs, batch_size=batch_size, show_progress=show_progress)
     return evaluate_embeddings(embeddings, seed=seed)
 

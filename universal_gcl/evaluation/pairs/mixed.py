@@ -15,7 +15,7 @@ TOP = 10
 
 
 def draw_modalities(num_items: int, num_modalities: int, seed: int) -> np.ndarray:
-    """Draw a modality number for each item, in shares that differ by at most one item; returns (num_items,) int64."""
+    """Draw a modality number for each item, in shares that differ by at most one item. Returns (num_items,) int64."""
     drawn = np.empty(num_items, dtype=np.int64)
     drawn[np.random.default_rng(seed).permutation(num_items)] = np.arange(num_items) % num_modalities
     return drawn
