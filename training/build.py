@@ -45,7 +45,7 @@ def build_run(recipe: Recipe, write_base: BaseWriter) -> TrainingRun:
     preprocessing, how_preprocessed = choose_preprocessing(processor.image_processor)
     trained: nn.Module = model
     if recipe.peft is not None:
-        base = adapter_base(recipe, model, processor, write_base)
+        base = choose_adapter_base(recipe, model, processor, write_base)
         trained = add_lora(model, recipe.peft, base)
     if preprocessing is not None:  # pixels travel as uint8, a quarter of the bytes, and are normalised on the device
         trained.register_forward_pre_hook(preprocessing.normalize_input, with_kwargs=True)
@@ -106,7 +106,7 @@ def build_model(arguments: ModelArguments, max_text_length: int | None) -> tuple
     return model, processor
 
 
-def adapter_base(recipe: Recipe, model: GCLModel, processor: GCLProcessor, write_base: BaseWriter) -> str:
+def choose_adapter_base(recipe: Recipe, model: GCLModel, processor: GCLProcessor, write_base: BaseWriter) -> str:
     """The checkpoint that the adapters will name as their base, a folder or a Hub id.
 
     If the recipe's encoder is a GCL checkpoint and the recipe does not change it, it is the base. Otherwise the present
