@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import re
+import subprocess
 import sys
 from importlib.metadata import version
 
@@ -38,6 +40,16 @@ def model_folder(tmp_path):
 def test_the_version_is_printed(monkeypatch, capsys):
     assert run(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"gcl {version('universal-gcl')}\n"
+
+
+def test_a_reader_that_leaves_early_ends_the_command_in_silence():
+    """As in `gcl train --help | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "universal_gcl", "train", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_train_is_a_command(recipe, tmp_path, monkeypatch, capsys):

@@ -171,11 +171,13 @@ class LoraArguments:
         load_in_4bit (`bool`, *optional*, defaults to `False`):
             Keep the frozen weights in 4 bits (NF4) during training and compute in bfloat16 (QLoRA, arXiv 2305.14314).
             This needs one GPU and bitsandbytes. The adapter is saved, and the float32 base with the adapter merged.
-        image_targets, text_targets (`str`, *optional*):
-            Regular expression that chooses the layers of a tower and its projection that get an adapter. It may match
-            any part of a layer's name: `q_proj|v_proj`, `layers\\.(10|11)\\.`. Linear layers and convolutions can
-            have an adapter. The default is all linear layers and all 1 x 1 convolutions. A tower that `model.freeze`
-            freezes gets none. Temperature and learned gates are trained directly, unless they are frozen.
+        image_targets (`str`, *optional*):
+            Regular expression that chooses which layers of the image tower and its projection get an adapter. It may
+            match any part of a layer's name: `q_proj|v_proj`, `layers\\.(10|11)\\.`. Linear layers and convolutions
+            can have an adapter. The default is all linear layers and all 1 x 1 convolutions. If `model.freeze` freezes
+            the tower, it gets none. Temperature and learned gates are trained directly, unless they are frozen.
+        text_targets (`str`, *optional*):
+            The same for the text tower and its projection.
 
     Raises:
         ValueError: naming the field, its value and what is allowed.
