@@ -59,7 +59,9 @@ def test_train_is_a_command(recipe, tmp_path, monkeypatch, capsys):
     model = tmp_path / "out" / "model"
     typed = f"gcl train {recipe} {' '.join(options)}"
     assert json.loads((model / "results.json").read_text())["command"] == typed
-    assert f"\n{typed}\n" in (model / "README.md").read_text()
+    card = (model / "README.md").read_text()
+    assert f"\n{typed}\n" in card
+    assert "| max_steps | 2 |" in card and "| num_train_epochs |" not in card
     printed = capsys.readouterr()
     assert "step 2/2" in printed.out and "\nDone in " in printed.out
     for noise in ("Loading weights", "Writing model shards", "Map:", "Generating", "PAD/BOS/EOS", "gemm_4bit"):
