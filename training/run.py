@@ -16,8 +16,8 @@ from universal_gcl.training.recipe import Recipe
 from universal_gcl.training.trainer import GCLTrainer
 
 HYPERPARAMETERS = (  # those with a row in the card's table, after the loss and its settings
-    "matryoshka_dims", "matryoshka_weights", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "world_size", "gradient_accumulation_steps", "grad_cache_chunk", "effective_batch_size",
+    "matryoshka_dims", "matryoshka_weights", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+    "world_size", "gradient_accumulation_steps", "grad_cache_chunk", "effective_batch_size",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16",
 )  # fmt: skip
 
