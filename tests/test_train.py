@@ -65,7 +65,7 @@ def test_a_run_leaves_a_complete_folder(recipe, tmp_path, capsys, hub, monkeypat
 
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     code = {"configuration_gcl.py", "modeling_gcl.py", "encoding.py", "loss.py", "processing_gcl.py"}
-    code |= {"rows.py", "tiles.py", "logsumexp.py", "kernels.py", "pooling.py", "video.py"}
+    code |= {"rows.py", "tiles.py", "logsumexp.py", "kernels.py", "own_backbones.py", "video.py"}
     pictures = {f"pictures/{name}.png" for name in ("nine_way", "modality_pca", "training_curves", "result_sheet")}
     files = {
         "README.md",

@@ -17,7 +17,7 @@ def model_types(how):
 
 
 def test_every_family_of_the_loop_is_in_the_table_and_the_other_way_round():
-    towers = {"VisionTextDualEncoder": "vision-text-dual-encoder", "Vista": "vista"}
+    towers = {"VisionTextDualEncoder": "vision-text-dual-encoder", "vista": "vista"}
     tested = {towers.get(family.name, name.split(",")[0]) for name, family in FAMILIES.items()}
     assert model_types(lambda how: how != "not") == tested
 

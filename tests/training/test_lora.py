@@ -106,7 +106,7 @@ def test_targets_are_chosen_by_tower():
         ("clip", {"freeze": ["image", "text"], "fusion": "gated_sum"}, "every tower is frozen"),
         ("siglip2", {"image_targets": "out_proj"}, "MultiheadAttention. That reads the layer's weight"),
         ("efficientnet + bert", {"image_targets": "depthwise"}, "a grouped convolution"),
-        ("clip", {"text_targets": "q_proj["}, "peft.text_targets: 'q_proj.' is no regular expression"),
+        ("clip", {"text_targets": "q_proj["}, "peft.text_targets: 'q_proj.' is not a regular expression"),
         ("clip", {"lora_dropout": 1.5}, "peft.lora_dropout is 1.5"),
     ],
 )
@@ -146,7 +146,7 @@ def test_a_checkpoint_without_all_of_the_adapter_is_not_resumed(tmp_path):
     held = load_file(checkpoint / "adapter_model.safetensors")
     lost = [key for key in held if "logit_scale" in key]
     save_file({key: held[key] for key in held if key not in lost}, checkpoint / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="lacks 1 keys, such as base_model.model.logit_scale.log_scale"):
+    with pytest.raises(ValueError, match="1 missing keys, such as base_model.model.logit_scale.log_scale"):
         make_trainer(tmp_path / "lora", model=adapted()).train(resume_from_checkpoint=str(checkpoint))
     make_trainer(tmp_path / "full", **schedule).train()
     with pytest.raises(ValueError, match="was trained without LoRA: resume it without a peft: section"):
@@ -165,7 +165,7 @@ def test_an_adapter_that_is_not_saved_whole_stops_training(tmp_path, monkeypatch
 
     monkeypatch.setattr(PeftModel, "save_pretrained", forgetful)
     trainer = make_trainer(tmp_path, model=adapted(fusion="gated_sum"), num_train_epochs=1, save_strategy="epoch")
-    with pytest.raises(ValueError, match="lacks 4 keys, such as base_model.model.fusion.gate_in.bias"):
+    with pytest.raises(ValueError, match="4 missing keys, such as base_model.model.fusion.gate_in.bias"):
         trainer.train()
 
 
