@@ -230,7 +230,7 @@ def assumptions(results: Results) -> str:
         f"receives {assumed['bytes_per_second'] / 1e9:.0f} GB/s; embeddings have D = {assumed['dim']} dimensions of "
         f"{assumed['bytes_per_number']} bytes; {assumed['encoder']} at 224 px and {assumed['text_tokens']} tokens "
         f"takes {assumed['encoder_flops'] / 1e9:.1f} GFlop per pair forward and twice that backward; no GradCache; "
-        "nothing overlaps. Loss and towers then have equally much arithmetic at "
+        "nothing overlaps. The loss then needs as many flops as the towers at "
         f"{assumed['pairs_where_loss_equals_encoder'] / 1e6:.1f} million pairs, for any number of GPUs.\n"
     )
 

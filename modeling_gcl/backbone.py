@@ -3,6 +3,7 @@
 import copy
 import inspect
 from os import PathLike
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -127,7 +128,15 @@ def model_type_of(name: str | PathLike, revision: str | None = None) -> str:
         ValueError: it is not a checkpoint of transformers, or it needs code of its own.
         OSError: the id or folder does not exist.
     """
-    config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(name, revision=revision)
+    except (OSError, ValueError) as error:  # ValueError: the Hub has no id of this form
+        if Path(name).exists():
+            raise
+        raise OSError(
+            f"there is no folder {name} in {Path.cwd()}, and loading it from the Hub failed. Check the name. The Hub's "
+            f"answer: {error}"
+        ) from error
     if not config.get("model_type"):
         raise ValueError(
             f"{name} is no checkpoint of transformers (it has no config.json with a model_type). "

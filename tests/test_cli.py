@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import re
+import subprocess
 import sys
 from importlib.metadata import version
 
@@ -40,6 +42,16 @@ def test_the_version_is_printed(monkeypatch, capsys):
     assert capsys.readouterr().out == f"gcl {version('universal-gcl')}\n"
 
 
+def test_a_reader_that_leaves_early_ends_the_command_in_silence():
+    """As in `gcl train --help | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "universal_gcl", "train", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_train_is_a_command(recipe, tmp_path, monkeypatch, capsys):
     """Without a launcher; the record and the card name what was typed."""
     options = ["--max_steps", "2", "--eval_on_start=false", "--data.train.0.limit", "20", "--logging_steps", "1"]
@@ -47,7 +59,9 @@ def test_train_is_a_command(recipe, tmp_path, monkeypatch, capsys):
     model = tmp_path / "out" / "model"
     typed = f"gcl train {recipe} {' '.join(options)}"
     assert json.loads((model / "results.json").read_text())["command"] == typed
-    assert f"\n{typed}\n" in (model / "README.md").read_text()
+    card = (model / "README.md").read_text()
+    assert f"\n{typed}\n" in card
+    assert "| max_steps | 2 |" in card and "| num_train_epochs |" not in card
     printed = capsys.readouterr()
     assert "step 2/2" in printed.out and "\nDone in " in printed.out
     for noise in ("Loading weights", "Writing model shards", "Map:", "Generating", "PAD/BOS/EOS", "gemm_4bit"):

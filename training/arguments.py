@@ -172,11 +172,13 @@ class LoraArguments:
             Keep the frozen weights in 4 bits (NF4) during training and compute in bfloat16 (QLoRA, arXiv 2305.14314).
             This needs one GPU and bitsandbytes. Two things are saved: the adapter, and a float32 model in which it is
             merged with the base.
-        image_targets, text_targets (`str`, *optional*):
-            Regular expression that chooses the layers of a tower and its projection that get an adapter. It may match
-            any part of a layer's name: `q_proj|v_proj`, `layers\\.(10|11)\\.`. Linear layers and convolutions can
-            have an adapter. The default is all linear layers and all 1 x 1 convolutions. A tower that `model.freeze`
-            freezes gets none. Temperature and learned gates are trained directly, unless they are frozen.
+        image_targets (`str`, *optional*):
+            Regular expression that chooses which layers of the image tower and its projection get an adapter. It may
+            match any part of a layer's name: `q_proj|v_proj`, `layers\\.(10|11)\\.`. Linear layers and convolutions
+            can have an adapter. The default is all linear layers and all 1 x 1 convolutions. If `model.freeze` freezes
+            the tower, it gets none. Temperature and learned gates are trained directly, unless they are frozen.
+        text_targets (`str`, *optional*):
+            The same for the text tower and its projection.
 
     Raises:
         ValueError: a value is not allowed. The message names the field, the value and what is allowed.

@@ -16,8 +16,8 @@ def check_enough_pairs(arguments: GCLTrainingArguments, num_pairs: int) -> None:
     """Raise ValueError if the training data has fewer pairs than one batch."""
     if num_pairs < arguments.train_batch_size * arguments.world_size:
         raise ValueError(
-            f"{num_pairs} pairs are fewer than one batch ({arguments.train_batch_size} x {arguments.world_size} "
-            "processes): lower per_device_train_batch_size"
+            f"{num_pairs} pairs are fewer than one batch ({arguments.train_batch_size} pairs x {arguments.world_size} "
+            f"process{'' if arguments.world_size == 1 else 'es'}): lower per_device_train_batch_size"
         )
 
 

@@ -90,7 +90,9 @@ def evaluation_line(logs: dict[str, Any]) -> str:
         value = logs.get(f"eval_{name}")
         return "–" if value is None else f"{100 * value:.1f} %"
 
-    return (
+    line = (
         f"evaluated: hit@10 {percent('headline_mean')} (local pool {percent('headline_local')}, global pool "
-        f"{percent('headline_global')}), mixed nDCG@10 {percent('mixed_ndcg@10')}"
+        f"{percent('headline_global')})"
     )
+    mixed = logs.get("eval_mixed_ndcg@10")  # None if the pairs have too few captions
+    return line if mixed is None else f"{line}, mixed nDCG@10 {100 * mixed:.1f} %"

@@ -30,11 +30,22 @@ from universal_gcl.training.recipe_values import (
     read_yaml,
     write_yaml,
 )
-from universal_gcl.training.shipped import find_recipe
+from universal_gcl.training.shipped import find_recipe, shipped_recipes
 from universal_gcl.training.training_arguments import GCLTrainingArguments
 
 SECTIONS = {"model": ModelArguments, "data": DataArguments, "training": GCLTrainingArguments, "peft": LoraArguments}
 USAGE = "usage: gcl train RECIPE [--key value ...]   (--help lists the keys)"
+HELP = """usage: gcl train RECIPE [--key value ...]
+
+RECIPE is the path of a YAML file, or the name of a recipe that comes with GCL:
+{recipes}.
+
+Each key below can be set in the recipe or on the command line. You can leave out its section if no other section has
+the key: --bf16 is --training.bf16. A switch needs no value. Other values are YAML, as in --freeze "[text]". Keys of a
+source are written with its place: --data.train.0.caption_column for the first one, --data.eval.limit.
+
+  gcl train finetune --train FOLDER --eval FOLDER_OF_OTHER_PAIRS
+  accelerate launch --multi_gpu --num_processes 8 -m universal_gcl.train finetune --train FOLDER"""
 
 
 @dataclass
@@ -74,7 +85,8 @@ def parse_recipe(argv: list[str]) -> Recipe:
             type or is out of range. The message names file and line, or the option, and suggests the nearest key.
     """
     if "--help" in argv or "-h" in argv:
-        print(f"{USAGE}\n\n{format_help(SECTIONS | {'source': SourceArguments})}")
+        print(HELP.format(recipes=", ".join(shipped_recipes())))
+        print(f"\n{format_help(SECTIONS | {'source': SourceArguments})}")
         raise SystemExit(0)
     if not argv or argv[0].startswith("-"):
         raise RecipeError(f"no recipe given\n{USAGE}")

@@ -5,7 +5,7 @@ import re
 import textwrap
 
 _GROUP = re.compile(r"^ {2,4}> (?!\[)(.+)$")
-_FIELD = re.compile(r"^ {4}(\w+) ?\((.*)\): *$")
+_FIELD = re.compile(r"^ {4}(\w+) ?\((.*)\):? *$")  # transformers forgets some of the colons
 
 
 def field_docs(cls: type) -> dict[str, list[tuple[str, str, str]]]:

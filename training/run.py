@@ -16,7 +16,7 @@ from universal_gcl.training.recipe import Recipe
 from universal_gcl.training.trainer import GCLTrainer
 
 HYPERPARAMETERS = (  # those with a row in the card's table, after the loss and its settings
-    "matryoshka_dims", "matryoshka_weights", "num_train_epochs", "per_device_train_batch_size",
+    "matryoshka_dims", "matryoshka_weights", "num_train_epochs", "max_steps", "per_device_train_batch_size",
     "world_size", "gradient_accumulation_steps", "grad_cache_chunk", "effective_batch_size",
     "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "bf16", "fp16",
 )  # fmt: skip
@@ -158,6 +158,7 @@ def hyperparameters(recipe: Recipe) -> dict[str, Any]:
     """Name → value of the hyper-parameters that are set. The names of LoRA's begin with the name of their section."""
     own = [entry.name for entry in fields(recipe.training.make_loss())]
     settings = {name: getattr(recipe.training, name) for name in ("loss", *own, *HYPERPARAMETERS)}
+    del settings["num_train_epochs" if settings["max_steps"] > 0 else "max_steps"]  # the one that wasn't used
     if recipe.peft is not None:
         settings |= {f"peft.{name}": value for name, value in asdict(recipe.peft).items()}
     # an enumeration of transformers is written as its value

@@ -75,6 +75,12 @@ class GCLTrainingArguments(LossSettings, TrainingArguments):
             Seed of the mixed-modality search, which draws the modality of each candidate. It is separate from `seed`,
             so that runs with different seeds are evaluated on the same pool.
 
+        > Output
+
+        output_dir (`str`, *optional*):
+            Folder of the run, by default `trainer_output`. It gets the finished model (`model/`), checkpoints and
+            pictures. A second run with the same folder replaces the model.
+
         > Resuming
 
         resume_from_checkpoint (`bool` or `str`, *optional*):
@@ -146,6 +152,7 @@ class GCLTrainingArguments(LossSettings, TrainingArguments):
     effective_batch_size: int | None = None
     half_ring: bool = False
     eval_seed: int = 0
+    output_dir: str | None = None
     resume_from_checkpoint: bool | str | None = None  # type: ignore[assignment]  # true is the last one
     per_device_train_batch_size: int = 64
     gradient_accumulation_steps: int = 1

@@ -1,6 +1,9 @@
 """Universal multimodal retrieval with GCL: train, evaluate, search, convert checkpoints, push to the Hub."""
 
-from typing import Annotated
+import functools
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -39,7 +42,7 @@ def options(
     options_metavar="RECIPE [--key value ...]",
 )
 def train(context: typer.Context) -> None:
-    """Train from a recipe, on one process; `gcl train --help` lists every key."""
+    """Train from a recipe, in one process. `gcl train --help` lists every key."""
     from universal_gcl.quiet import quiet_imports
 
     quiet_imports()
@@ -48,11 +51,28 @@ def train(context: typer.Context) -> None:
     main(context.args)
 
 
-app.command("embed")(embed)
+def quietly(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The same command, without the progress bars and warnings of other libraries."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> Any:
+        from universal_gcl.quiet import quiet_libraries
+
+        quiet_libraries()
+        return command(*arguments, **options)
+
+    return run
+
+
+for group in (evaluate, convert):
+    for entry in group.registered_commands:
+        assert entry.callback is not None
+        entry.callback = quietly(entry.callback)
+app.command("embed")(quietly(embed))
 app.command("search")(search)
-app.command("demo")(demo)
+app.command("demo")(quietly(demo))
 app.add_typer(evaluate, name="evaluate")
-convert.command("space")(space)
+convert.command("space")(quietly(space))
 app.add_typer(convert, name="convert")
 app.command("card")(card)
 app.command("push")(push)
@@ -61,10 +81,14 @@ app.command("push")(push)
 def main() -> None:
     """The console script. An error that the user can mend is printed as one line, without a traceback.
 
-    In a launch of several processes, an error in one of them ends all processes.
+    In a launch of several processes, an error in one of them ends all processes. If the reader of a pipe leaves early, as in
+    `gcl train --help | head`, the command ends without a message.
     """
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # if the reader is gone, raise here and not when Python shuts down
     except Exception as error:
         from safetensors import SafetensorError
 

@@ -29,7 +29,11 @@ def stop(error: Exception) -> NoReturn:
 
     Raises:
         SystemExit: with "error: ..." in a single process. One of several processes ends at once, without an exception.
+            If the reader of our output left early, as in `gcl train --help | head`, there is no message.
     """
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes when it shuts down
+        sys.exit(1)
     text = str(error)
     if isinstance(error, SafetensorError):
         text = f"a .safetensors file of the model is damaged or cut off ({error}): save or download it again"

@@ -84,8 +84,9 @@ def test_other_folders_are_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "of-tomorrow"}')
     with pytest.raises(ValueError, match="of-tomorrow"):
         GCLModel.from_encoder(tmp_path)
-    with pytest.raises(OSError, match="no-such-folder"):
-        GCLModel.from_encoder(tmp_path / "no-such-folder")
+    for name in (tmp_path / "no-such-folder", "outputs/no-such-folder/model"):  # the second can't be a Hub id
+        with pytest.raises(OSError, match=f"there is no folder {name} in .*Check the name"):
+            GCLModel.from_encoder(name)
 
 
 @pytest.mark.parametrize("lost", ["visual_projection.weight", "logit_scale", "vision_model.post_layernorm.bias"])

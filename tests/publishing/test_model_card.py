@@ -164,14 +164,22 @@ def test_losses_are_told(facts, tmp_path):
     assert "No direction lost" in write_card(tmp_path, facts).read_text()
 
 
-def test_git_states(facts, tmp_path):
-    for state, expected in (
-        ({"sha": "abc", "dirty": False}, "| abc |"),
-        ({"sha": "abc", "dirty": True}, "| abc, with uncommitted changes |"),
-        ({"sha": None, "dirty": None}, "| not run from a git commit |"),
-    ):
-        text = write_card(tmp_path, replace(facts, environment=facts.environment | {"git": state})).read_text()
-        assert f"| project's git commit {expected}" in text
+@pytest.mark.parametrize(
+    ("version", "git", "expected"),
+    [
+        ("0.2.0", {"sha": "abc", "dirty": False}, "0.2.0, git commit abc"),
+        ("0.2.0", {"sha": "abc", "dirty": True}, "0.2.0, git commit abc, with uncommitted changes"),
+        ("0.2.0", {"sha": None, "dirty": None}, "0.2.0"),  # an installation
+        (None, {"sha": "abc", "dirty": False}, "version not recorded, git commit abc"),  # before version 0.2
+    ],
+)
+def test_the_version_that_trained(version, git, expected, facts, tmp_path):
+    environment = facts.environment | {"git": git}
+    environment.pop("version", None)
+    if version is not None:
+        environment["version"] = version
+    text = write_card(tmp_path, replace(facts, environment=environment)).read_text()
+    assert f"| universal-gcl | {expected} |" in text
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "0 s"), (59.6, "1 min"), (61, "1 min 1 s"), (7200, "2 h")])

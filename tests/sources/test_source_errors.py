@@ -19,7 +19,7 @@ def test_hub_errors(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(
         DataError,
-        match="me/none: there is no such file or folder, and loading it .* from the Hub failed .* doesn't exist",
+        match=r"me/none: there is no such file or folder in .* from the Hub failed \(split train\): .* doesn't exist",
     ):
         read_source(SourceArguments("me/none"))
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: hub_table(image=["a.png"]))

@@ -272,6 +272,11 @@ def test_help_lists_own_and_inherited_keys(capsys):
         assert text.count(f"{key} ") == 1
     assert text.count("--training.learning_rate ") == 1, "a redefined field is told once, with our default"
     assert "defaults to 1e-5" in text
+    for section in ("model", "data", "peft"):
+        for entry in dataclasses.fields(SECTIONS[section]):
+            assert text.count(f"--{section}.{entry.name} ") == 1
+    assert "--training.auto_find_batch_size " in text, "transformers documents it without a colon"
+    assert "finetune, flickr8k_fusion" in text
 
 
 # PyYAML folds exotic line breaks (NEL, LS, PS) in unquoted text; no path or name holds them

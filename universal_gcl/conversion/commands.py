@@ -41,10 +41,10 @@ def towers(
 @app.command("centring")
 def centring(
     model: ModelName,
-    data: Annotated[str, typer.Argument(help="Captioned images for the estimate, not those that you will search.")],
+    data: Annotated[str, typer.Argument(help="Captioned images to average. Don't use images that you will search.")],
     out: Out,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "train",
-    limit: Annotated[int | None, typer.Option(help="Use only the first pairs.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first N pairs.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows embedded at once.")] = 64,
 ) -> None:
     """Store a model's modality means, which AutoModel.from_pretrained(OUT, centring=True) subtracts (GR-CLIP)."""
@@ -109,7 +109,7 @@ def mbeir(
     ] = None,
     split: Annotated[str, typer.Option(help="Split of a Hub data set.")] = "test",
 ) -> None:
-    """Write captioned images as tests for `gcl evaluate mbeir`: t→i, t→t, t→it, i→t, it→t; with --composed it→i."""
+    """Write captioned images as tests for `gcl evaluate mbeir`: t→i, t→t, t→it, i→t, it→t, or it→i with --composed."""
     from universal_gcl.conversion.mbeir_folder import write_composed, write_pairs
     from universal_gcl.sources.arguments import SourceArguments
     from universal_gcl.sources.pairs import load_pairs
@@ -153,7 +153,7 @@ def merge(
 
 @app.command("onnx")
 def onnx(model: ModelName, out: Out, revision: Revision = None) -> None:
-    """Export image.onnx, text.onnx and fused.onnx for onnxruntime, each compared with the model, and the processor."""
+    """Export image.onnx, text.onnx, fused.onnx and the processor, and compare each graph with the model."""
     from universal_gcl.conversion.onnx_graphs import convert_to_onnx
 
     typer.echo(convert_to_onnx(model, out, revision=revision))

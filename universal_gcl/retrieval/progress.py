@@ -48,10 +48,15 @@ class Progress:
     def _write_line(self):
         self.last_line = time.monotonic()
         rate = (self.done - self.initial) / max(self.last_line - self.start, 1e-9)
-        line = f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {rate:,.3g} {self.unit}/s"
+        line = f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {number(rate)} {self.unit}/s"
         if rate and self.done < self.total:
             line += f", {tqdm.format_interval((self.total - self.done) / rate)} left"
         print(line, file=sys.stderr, flush=True)
+
+
+def number(rate: float) -> str:
+    """A rate as people write it: "0.4", "25", "3,654"."""
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
 
 
 def job_name(what: str, processes: Processes) -> str:

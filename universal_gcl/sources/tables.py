@@ -71,9 +71,11 @@ def read_hub(source: SourceArguments) -> tuple[datasets.Dataset, str | None]:
     try:
         table = datasets.load_dataset(source.path, source.name, revision=source.revision, split=source.split)
     except (OSError, ValueError) as error:
+        asked = {"name": source.name, "split": source.split, "revision": source.revision}
+        details = ", ".join(f"{key} {value}" for key, value in asked.items() if value is not None)
         raise DataError(
-            f"{source.path}: there is no such file or folder, and loading it as a data set from the Hub failed "
-            f"(name {source.name}, split {source.split}, revision {source.revision}): {error}"
+            f"{source.path}: there is no such file or folder in {Path.cwd()}, and loading it as a data set from the "
+            f"Hub failed ({details}): {error}"
         ) from error
     addresses = " ".join(table.info.download_checksums or {})
     commit = re.search(r"@([0-9a-f]{40})/", addresses)

@@ -13,23 +13,25 @@ Model = Annotated[str, typer.Argument(help="Folder or Hub id of a GCL checkpoint
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hub.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
 Limit = Annotated[
-    int | None, typer.Option(min=1, help="A smoke run on this many first queries; the result says that it is one.")
+    int | None,
+    typer.Option(min=1, help="Use only the first N queries, to try a command. The result is marked as a smoke run."),
 ]
 TruncateDim = Annotated[
-    int | None, typer.Option(help="Cut embeddings to this many dimensions, for models trained with matryoshka_dims.")
+    int | None, typer.Option(help="Cut embeddings to N dimensions. Use it with models trained with matryoshka_dims.")
 ]
 Variants = Annotated[
     list[str] | None,
     typer.Option(
         "--variant",
-        help="plain, centring (GR-CLIP), a fusion rule (sum, normalized_sum, native), or two joined, as in "
-        "sum+centring. Repeat the option to measure several; each then has a folder of its own.",
+        help="plain, centring (GR-CLIP), a fusion rule (sum, normalized_sum, native), or a rule with centring, such as "
+        "sum+centring. Repeat the option to measure several variants; each then gets its own folder.",
     ),
 ]
 CentreOn = Annotated[
     str | None,
     typer.Option(
-        help="Pairs whose modality means centring subtracts, never the test pairs. Default: the checkpoint's own means."
+        help="Captioned images that centring computes the modality means from. Don't use the test pairs. Default: the "
+        "means that the checkpoint stores."
     ),
 ]
 SkipUnreadable = Annotated[
@@ -37,7 +39,11 @@ SkipUnreadable = Annotated[
     typer.Option("--skip-unreadable", help="Leave out images and videos that can't be read; the result names them."),
 ]
 Out = Annotated[
-    Path, typer.Option(help="Folder for embeddings, runs and results.json. The same command continues there.")
+    Path,
+    typer.Option(
+        help="Folder for embeddings, runs and results.json. After an interruption, run the same command again to "
+        "continue."
+    ),
 ]
 
 

@@ -31,7 +31,7 @@ def covr(
     ] = None,
     frames: Annotated[
         Path | None,
-        typer.Option(help="Instead of videos: a folder with images <folder>/<id>/*, or OUT/frames of another run."),
+        typer.Option(help="Instead of --videos: a folder with images <folder>/<id>/*, or OUT/frames of another run."),
     ] = None,
     squash: Annotated[
         int | None,

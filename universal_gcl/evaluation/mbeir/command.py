@@ -37,7 +37,7 @@ def mbeir(
         typer.Option(help="Folder with TIGER-Lab/M-BEIR and its images unpacked, or with mbeir_TASK/*.parquet."),
     ] = None,
     hub: Annotated[
-        str | None, typer.Option(help="Instead of root: owner of data sets mbeir_TASK on the Hub, e.g. MRBench.")
+        str | None, typer.Option(help="Instead of --root: owner of the data sets mbeir_TASK on the Hub, e.g. MRBench.")
     ] = None,
     tasks: Annotated[
         str | None,
@@ -48,7 +48,7 @@ def mbeir(
     ] = None,
     scope: Annotated[
         list[Scope] | None,
-        typer.Option(help="local or global; both by default. The global pool is that of all 16 tasks."),
+        typer.Option(help="local or global; both by default. The global pool joins the pools of all 16 tasks."),
     ] = None,
     instructions: Annotated[
         bool,

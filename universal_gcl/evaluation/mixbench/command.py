@@ -31,7 +31,7 @@ def mixbench(
     hub: Annotated[
         str | None,
         typer.Option(
-            help="Instead of root: mixed-modality-search/MixBench25 or MixBench2026; ID@COMMIT pins a commit."
+            help="Instead of --root: mixed-modality-search/MixBench25 or MixBench2026; ID@COMMIT pins a commit."
         ),
     ] = None,
     qrels: Annotated[

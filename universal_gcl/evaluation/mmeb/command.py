@@ -31,7 +31,7 @@ def mmeb(
     hub: Annotated[
         str | None,
         typer.Option(
-            help="Instead of root: TIGER-Lab/MMEB-eval or ziyjiang/MMEB_Test_Instruct; ID@COMMIT pins a commit."
+            help="Instead of --root: TIGER-Lab/MMEB-eval or ziyjiang/MMEB_Test_Instruct; ID@COMMIT pins a commit."
         ),
     ] = None,
     image_root: Annotated[

@@ -24,7 +24,11 @@ def mteb(
         typer.Option(help="A task or benchmark of mteb, e.g. CIRRIT2IRetrieval or MIEB(lite). Repeat it for several."),
     ],
     out: Annotated[
-        Path, typer.Option(help="Folder for mteb's results and results.json. The same command continues there.")
+        Path,
+        typer.Option(
+            help="Folder for mteb's results and results.json. After an interruption, run the same command again to "
+            "continue."
+        ),
     ],
     instructions: Annotated[bool, typer.Option("--instructions", help="Put mteb's prompts before queries.")] = False,
     variant: Variants = None,

@@ -130,7 +130,8 @@ def _footer(result: dict) -> str:
     candidates = ", ".join(f"{count} {name}" for name, count in result["candidates"].items())
     text = (
         f"{result['num_pairs']} pairs; candidates: {candidates}. Directions in parentheses don't count in the "
-        f"headline: their query and target share an input ({_MISSING}: they would be the same)."
+        f"headline: their query and target share an input. A {_MISSING} means that query and target would be the same, "
+        "or that the pairs have too few captions."
     )
     counts = {int(count): pairs for count, pairs in result["caption_counts"].items()}
     if len(counts) > 1:
