@@ -6,8 +6,8 @@ Each is a `PreTrainedModel` with a `config_class`, `vision_model`, `text_model`,
 transformers' Auto classes, where the remote code of two checkpoints would collide.
 """
 
-from transformers import PreTrainedModel
+from typing import Any
 
 from .vista import VistaModel
 
-OWN_BACKBONES: dict[str, type[PreTrainedModel]] = {model.config_class.model_type: model for model in (VistaModel,)}
+OWN_BACKBONES: dict[str, Any] = {model.config_class.model_type: model for model in (VistaModel,)}

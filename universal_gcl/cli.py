@@ -81,8 +81,8 @@ app.command("push")(push)
 def main() -> None:
     """The console script. An error that the user can mend is printed as one line, without a traceback.
 
-    In a launch of several processes, an error in one of them ends all processes. If the reader of a pipe leaves early, as in
-    `gcl train --help | head`, the command ends without a message.
+    In a launch of several processes, an error in one of them ends all processes. If the reader of a pipe leaves early,
+    as in `gcl train --help | head`, the command ends without a message.
     """
     try:
         try:
