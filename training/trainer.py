@@ -11,7 +11,6 @@ Notable features:
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,6 +41,7 @@ from universal_gcl.training.chunks import widen_texts
 from universal_gcl.training.data import BrokenImages
 from universal_gcl.training.distributed import BatchProcesses, RowShardedEncoder
 from universal_gcl.training.gradcache import GradCache
+from universal_gcl.training.logged_terms import LoggedTerms
 from universal_gcl.training.loss_parameters import LossParameters
 from universal_gcl.training.losses.loss import LossFunction
 from universal_gcl.training.memory import fit_chunk
@@ -144,8 +144,7 @@ class GCLTrainer(ParameterTrainer):
         self._fetched: list = []  # the micro-batches of this optimiser step, as Trainer holds them
         self._micro_batches: list = []  # those that wait for the last one
         self._batch_terms: dict[str, torch.Tensor] = {}  # of the last batch that `compute_loss` was given
-        self._terms: dict[str, list[torch.Tensor]] = defaultdict(list)  # of the steps since the last log entry
-        self._num_steps = 0
+        self._logged_terms = LoggedTerms()
         self.add_callback(BatchSizeCallback(self.batch_plan.pairs))
         self.add_callback(DataEpochCallback)
         self.add_callback(LogitScaleCallback)
@@ -155,8 +154,7 @@ class GCLTrainer(ParameterTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The same as Trainer's. Figures of an earlier run that were not logged are dropped."""
-        self._terms.clear()
-        self._num_steps = 0
+        self._logged_terms.clear()
         self.timer.pop_shares()
         self.loss_parameters.start()
         record_cuts(self.accelerator.unwrap_model(self.model).config, self._cuts)
@@ -193,10 +191,8 @@ class GCLTrainer(ParameterTrainer):
         loss, (terms, logit_scale) = self.grad_cache.step(model, micro_batches)
         if self.accelerator.sync_gradients:
             self.loss_parameters.average_gradients()
-        for name, term in terms.items():
-            self._terms[f"loss_{name}"].append(term / self._loss_divisor)
-        self._terms["logit_scale"].append(logit_scale / self._loss_divisor)
-        self._num_steps += self.accelerator.sync_gradients
+        ends_step = self.accelerator.sync_gradients
+        self._logged_terms.add(terms, logit_scale, num_batches=self._loss_divisor, ends_step=ends_step)
         pairs = sum(len(inputs["input_ids"]) for inputs, _ in micro_batches)
         self.timer.add_pairs(pairs * self.args.world_size)
         every = self.args.torch_empty_cache_steps
@@ -274,12 +270,9 @@ class GCLTrainer(ParameterTrainer):
         used = {"ids": self.args.mask_equal_ids, "caption_ids": self.args.mask_equal_captions}
         return inputs, {name: values for name, values in labels.items() if used[name]}
 
-    def _forward(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> GCLOutput:
-        with self.compute_loss_context_manager():
-            return model(**inputs, return_loss=False, return_dict=True, modalities=self._modalities)
-
     def _embed(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        output = self._forward(model, inputs)
+        with self.compute_loss_context_manager():
+            output = model(**inputs, return_loss=False, return_dict=True, modalities=self._modalities)
         return *(output[f"{name}_embeds"] for name in self._modalities), output.logit_scale
 
     def _loss_inputs(
@@ -361,10 +354,7 @@ class GCLTrainer(ParameterTrainer):
             FloatingPointError: the loss is NaN or infinite; all processes log the same mean.
         """
         if "loss" in logs:
-            logs |= {name: torch.stack(values).sum().item() / self._num_steps for name, values in self._terms.items()}
-            logs |= self.timer.pop_shares()
-            self._terms.clear()
-            self._num_steps = 0
+            logs |= self._logged_terms.pop_means() | self.timer.pop_shares()
         super().log(logs, *args, **kwargs)
         if not math.isfinite(logs.get("loss", 0.0)):  # the losses of modeling_gcl raise earlier, others don't
             raise FloatingPointError(
