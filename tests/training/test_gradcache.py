@@ -213,13 +213,13 @@ def test_saved_activations_do_not_grow_with_the_batch(tmp_path):
                 alive.pop(self.key, None)
 
         trainer.accelerator.gradient_state._set_sync_gradients(True)
-        forward = trainer._forward
+        embed = trainer.grad_cache.embed
 
         def counted(model, inputs):  # the encoder alone: the loss is linear in the batch
             with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-                return forward(model, inputs)
+                return embed(model, inputs)
 
-        trainer._forward = counted
+        trainer.grad_cache.embed = counted
         trainer.training_step(trainer.model, batch)
         return peak[0]
 
