@@ -1,5 +1,8 @@
 """Fixtures for every room."""
 
+from tests.support import caches  # noqa: F401  first of all: it sets what the libraries read when they are imported
+
+# isort: split
 import shutil
 
 import huggingface_hub
@@ -9,11 +12,7 @@ import transformers
 import yaml
 from transformers import CLIPProcessor
 
-from tests.support import (
-    caches,  # noqa: F401, first of all
-    deprecations,  # noqa: F401
-    vista_originals,
-)
+from tests.support import deprecations, vista_originals  # noqa: F401
 from tests.support.backbones import BACKBONES, tiny_encoder, tiny_processor, word_tokenizer
 from tests.support.hub_on_loopback import hub_on_loopback
 from tests.support.training_runs import write_parquet
