@@ -1,6 +1,6 @@
 """Whether bfloat16 is slow on this CPU.
 
-A processor without AVX512-BF16 or AMX emulates bfloat16, and training in it can take ten times as long as in float32.
+A processor without AVX512-BF16 or AMX emulates bfloat16, and training in it can take many times as long as in float32.
 Training warns about that and goes on as the recipe says; see docs/decisions.md.
 """
 
